@@ -1,0 +1,17 @@
+/* XXH64 of memory and files (libxxhash, header-only use). Hex form: 16 lower-case digits. */
+#ifndef LSA_KERNELS_CORE_HASH_H
+#define LSA_KERNELS_CORE_HASH_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/core/lsa_status.h"
+
+uint64_t lsa_xxh64(const void *data, size_t n_bytes);
+/* Whole file; LSA_E_IO names the path. */
+LSA_NODISCARD lsa_status lsa_xxh64_file(uint64_t *out, const char *path, lsa_err *err);
+void lsa_hex64(char out[17], uint64_t h);
+/* Parses exactly 16 hex digits; LSA_E_FORMAT otherwise. */
+LSA_NODISCARD lsa_status lsa_unhex64(uint64_t *out, const char *s, lsa_err *err);
+
+#endif
