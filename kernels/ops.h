@@ -68,6 +68,7 @@ typedef struct lsa_indexer_score_fwd_args {
     const int64_t *key_base; /* [m] */
     const int32_t *cand;     /* [m, n] or NULL; out-of-range rows are clamped on the device: callers validate */
     const int32_t *n_cand;   /* [m], each in [0, n] */
+    bool accumulate;         /* add to z instead of setting it (sum of layers) */
     float *z;                /* [m, n] */
 } lsa_indexer_score_fwd_args;
 

@@ -42,7 +42,7 @@ static lsa_status need(json_t **v, const json_t *o, const char *key, bool ok_mis
 }
 
 #define GET(ok_missing)                                                                                           \
-    json_t *v;                                                                                                    \
+    json_t *v = NULL;                                                                                             \
     lsa_status st = need(&v, o, key, ok_missing, where, err);                                                     \
     if (st != LSA_OK) return st;
 #define WANT(test, type)                                                                                          \

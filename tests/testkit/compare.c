@@ -28,7 +28,7 @@ bool lsa_compare_f64(const char *what, const double *a, const double *b, int64_t
         else {
             double lim = t.atol + t.rtol * fmax(fabs(b[i]), rms), d = fabs(a[i] - b[i]);
             pass = d <= lim;
-            over = isnan(d) ? INFINITY : d - lim;
+            over = isnan(d) ? (double)INFINITY : d - lim;
         }
         if (!pass) {
             n_bad++;
