@@ -40,7 +40,7 @@ LSA_NODISCARD lsa_status lsa_teacher_open(lsa_teacher **out, const char *dir, ls
 void lsa_teacher_close(lsa_teacher *t);
 const lsa_teacher_config *lsa_teacher_cfg(const lsa_teacher *t);
 const char *lsa_teacher_name(const lsa_teacher *t); /* last component of the folder's path */
-uint64_t lsa_teacher_hash(const lsa_teacher *t);    /* XXH64 over config bytes and every safetensors header + size */
+uint64_t lsa_teacher_hash(const lsa_teacher *t);    /* XXH64 over config bytes and every tensor (name, size, first 256 bytes) */
 
 bool lsa_teacher_has(const lsa_teacher *t, const char *name); /* original name, e.g. "layers.1.attn.wq_a.weight" */
 /* dst [rows, cols] f32, dequantised; rows*cols must be the tensor's logical shape (1-D: rows = 1). */
