@@ -109,10 +109,6 @@ void lsa_compress_entry(const lsa_engine *e, const compressor_weights *w, const 
 #define LSA_KEY_TILE 128
 void lsa_index_logits(const lsa_engine *e, const layer_state *l, const float *iq, const float *iw, int64_t n, int64_t n_key,
                       float *tile, float *logit, int64_t ld);
-/* The min(k, selectable) largest of logit[n], ties to the lower index; ascending into sel. Entries below n_masked with
- * resident[c] == 0 cannot be chosen (resident NULL: all can). Returns how many. scratch has n floats. */
-int32_t lsa_select_topk(const float *logit, int64_t n, int32_t k, const uint8_t *resident, int64_t n_masked, float *scratch,
-                        int32_t *sel);
 
 /* attention.c: one token, all heads, over `n_row` rows with sink. o [H, D]; window rows come first. On return score holds
  * the probabilities [H, n_row]. Returns the mean sink mass. */

@@ -10,6 +10,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/topk.h"
 
 /* ---- memory ------------------------------------------------------------------------------------------------ */
 
@@ -247,10 +248,10 @@ static int32_t choose(const lsa_session *s, int32_t l, int64_t pos, const float 
         return (int32_t)n_vis;
     }
     const int32_t k = s->e->c.index_topk;
-    int32_t n = lsa_select_topk(logit, n_vis, k, NULL, 0, ws->select, ws->sel);
+    int32_t n = (int32_t)lsa_topk(logit, n_vis, k, NULL, 0, ws->select, ws->sel);
     if (s->resident) {
         for (int32_t i = 0; i < n; i++) *n_miss += ws->sel[i] < s->n_masked && !s->resident[ws->sel[i]];
-        if (*n_miss) n = lsa_select_topk(logit, n_vis, k, s->resident, s->n_masked, ws->select, ws->sel);
+        if (*n_miss) n = (int32_t)lsa_topk(logit, n_vis, k, s->resident, s->n_masked, ws->select, ws->sel);
     }
     if (taps && taps->choose_chunks) taps->choose_chunks(taps->user, (lsa_layer_id){l}, pos, n, ws->sel);
     return n;

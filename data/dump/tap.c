@@ -1,0 +1,307 @@
+/* Taps: callbacks write into slots of their own (layer, position), so worker threads never meet; order is made afterwards.
+ *
+ * The mistake that would stay silent: storing hidden vectors of the wrong position (the query of window s is s-1). */
+#include "data/dump/tap.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "data/dump/votes.h"
+#include "data/shard_internal.h"
+#include "kernels/core/dtype.h"
+#include "kernels/core/hash.h"
+#include "kernels/core/mem.h"
+#include "kernels/core/num.h"
+#include "kernels/cpu/topk.h"
+
+typedef struct dense_row {
+    int32_t *chunk;
+    uint16_t *mass;
+    int32_t n;
+    uint16_t rest;
+} dense_row;
+
+typedef struct layer_slots {
+    int32_t *sel;                /* [n_token, cap] */
+    uint16_t *logit, *mass;      /* same */
+    int32_t *n_sel;              /* [n_token] */
+    int32_t *vote, *n_vote;      /* [n_token, pool], [n_token] */
+    uint16_t *local, *sink;      /* [n_token] */
+    uint16_t *hidden;            /* [n_hidden, d] */
+    dense_row *dense;            /* [n_dense] */
+    float *iq, *iw, *plogit;     /* probes */
+} layer_slots;
+
+struct lsa_tap_state {
+    const lsa_teacher_config *c;
+    lsa_dump_rule rule;
+    int64_t n_token, n_hidden, n_dense, cap;
+    int64_t probe[LSA_MAX_PROBE], probe_at[LSA_MAX_PROBE + 1], n_probe;
+    layer_slots layer[LSA_MAX_CSA];
+    atomic_bool failed; /* out of memory inside a callback */
+};
+
+static bool on_dense_row(const lsa_tap_state *t, int64_t pos) {
+    return t->rule.dense_every > 0 && (pos + 1) % t->rule.dense_every == 0;
+}
+
+static void take_dense(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
+    dense_row *r = &l->dense[(a->position + 1) / t->rule.dense_every - 1];
+    int64_t n = 0;
+    double rest = 0;
+    for (int64_t s = 0; s < a->n_visible; s++) n += (double)a->dense_mass[s] >= t->rule.dense_min;
+    if (LSA_NEW(r->chunk, n, NULL) != LSA_OK || LSA_NEW(r->mass, n, NULL) != LSA_OK) {
+        atomic_store(&t->failed, true);
+        return;
+    }
+    for (int64_t s = 0; s < a->n_visible; s++) {
+        if ((double)a->dense_mass[s] >= t->rule.dense_min) {
+            r->chunk[r->n] = (int32_t)s;
+            r->mass[r->n++] = lsa_f32_to_f16(a->dense_mass[s]);
+        } else {
+            rest += (double)a->dense_mass[s];
+        }
+    }
+    r->rest = lsa_f32_to_f16((float)rest);
+}
+
+static void take_votes(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
+    const int32_t pool = t->rule.pool;
+    int32_t *out = l->vote + a->position * pool;
+    if (pool == t->c->index_topk) { /* the selection is the pool */
+        l->n_vote[a->position] = lsa_votes(a->sel, a->n_sel, a->logit, t->rule.top_p, out);
+        return;
+    }
+    float *scratch = NULL;
+    int32_t *sel = NULL;
+    if (LSA_NEW(scratch, a->n_visible, NULL) != LSA_OK || LSA_NEW(sel, a->n_visible, NULL) != LSA_OK) {
+        atomic_store(&t->failed, true);
+    } else if (a->n_visible) {
+        int64_t n = lsa_topk(a->logit, a->n_visible, pool, NULL, 0, scratch, sel);
+        l->n_vote[a->position] = lsa_votes(sel, (int32_t)n, a->logit, t->rule.top_p, out);
+    }
+    lsa_free(scratch);
+    lsa_free(sel);
+}
+
+static void on_csa(void *user, const lsa_tap_csa *a) {
+    lsa_tap_state *t = user;
+    layer_slots *l = &t->layer[a->ord.v];
+    const int64_t p = a->position, d = t->c->hidden;
+    take_votes(t, l, a);
+    if (t->rule.stats) {
+        l->n_sel[p] = a->n_sel;
+        for (int32_t i = 0; i < a->n_sel; i++) {
+            l->sel[p * t->cap + i] = a->sel[i];
+            l->logit[p * t->cap + i] = lsa_f32_to_f16(a->logit[a->sel[i]]);
+            l->mass[p * t->cap + i] = lsa_f32_to_f16(a->mass[i]);
+        }
+        l->local[p] = lsa_f32_to_f16(a->window_mass);
+        l->sink[p] = lsa_f32_to_f16(a->sink_mass);
+    }
+    if (l->hidden && (p + 1) % t->rule.hidden_stride == 0) {
+        uint16_t *h = l->hidden + ((p + 1) / t->rule.hidden_stride - 1) * d;
+        for (int64_t i = 0; i < d; i++) h[i] = lsa_f32_to_bf16(a->hidden[i]);
+    }
+    if (a->dense_mass) take_dense(t, l, a);
+    for (int64_t i = 0; i < t->n_probe; i++) {
+        if (t->probe[i] != p || !l->iq) continue;
+        const int64_t h = t->c->index_n_head;
+        memcpy(l->iq + i * h * 128, a->iq, (size_t)(h * 128) * sizeof(float));
+        memcpy(l->iw + i * h, a->iw, (size_t)h * sizeof(float));
+        memcpy(l->plogit + t->probe_at[i], a->logit, (size_t)a->n_visible * sizeof(float));
+    }
+}
+
+static bool on_want_dense(void *user, lsa_csa_ord ord, int64_t pos) {
+    (void)ord;
+    return on_dense_row(user, pos);
+}
+
+lsa_taps lsa_tap_callbacks(lsa_tap_state *t) {
+    return (lsa_taps){.user = t, .csa = on_csa, .want_dense = on_want_dense};
+}
+
+lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const lsa_dump_rule *rule, int64_t n_token, bool probe, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_tap_state *t = NULL;
+    *out = NULL;
+    LSA_TRY(LSA_NEW(t, 1, err));
+    t->c = c;
+    t->rule = *rule;
+    t->n_token = n_token;
+    t->n_hidden = n_token / rule->hidden_stride;
+    t->n_dense = rule->dense_every ? n_token / rule->dense_every : 0;
+    t->cap = lsa_min_i64(c->index_topk, n_token / LSA_CHUNK + 1);
+    if (probe && c->index_head_dim == 128) {
+        t->probe[0] = n_token / 2;
+        t->probe[1] = n_token - 1;
+        t->n_probe = t->probe[0] < t->probe[1] ? 2 : 1;
+        for (int64_t i = 0; i < t->n_probe; i++) t->probe_at[i + 1] = t->probe_at[i] + lsa_visible(t->probe[i]);
+    }
+    for (int32_t o = 0; o < c->n_csa; o++) {
+        layer_slots *l = &t->layer[o];
+        LSA_TRY(LSA_NEW(l->vote, n_token * rule->pool, err));
+        LSA_TRY(LSA_NEW(l->n_vote, n_token, err));
+        if (rule->stats) {
+            LSA_TRY(LSA_NEW(l->sel, n_token * t->cap, err));
+            LSA_TRY(LSA_NEW(l->logit, n_token * t->cap, err));
+            LSA_TRY(LSA_NEW(l->mass, n_token * t->cap, err));
+            LSA_TRY(LSA_NEW(l->n_sel, n_token, err));
+            LSA_TRY(LSA_NEW(l->local, n_token, err));
+            LSA_TRY(LSA_NEW(l->sink, n_token, err));
+        }
+        LSA_TRY(LSA_NEW(l->dense, t->n_dense, err));
+        if (!rule->has_keys[o]) continue;
+        LSA_TRY(LSA_NEW(l->hidden, t->n_hidden * c->hidden, err));
+        LSA_TRY(LSA_NEW(l->iq, t->n_probe * c->index_n_head * 128, err));
+        LSA_TRY(LSA_NEW(l->iw, t->n_probe * c->index_n_head, err));
+        LSA_TRY(LSA_NEW(l->plogit, t->probe_at[t->n_probe], err));
+    }
+    *out = t;
+    t = NULL;
+done:
+    lsa_tap_end(t);
+    return st;
+}
+
+void lsa_tap_end(lsa_tap_state *t) {
+    if (!t) return;
+    for (int32_t o = 0; o < LSA_MAX_CSA; o++) {
+        layer_slots *l = &t->layer[o];
+        for (int64_t i = 0; l->dense && i < t->n_dense; i++) {
+            lsa_free(l->dense[i].chunk);
+            lsa_free(l->dense[i].mass);
+        }
+        void *p[] = {l->sel, l->logit, l->mass, l->n_sel, l->vote, l->n_vote, l->local, l->sink, l->hidden, l->dense, l->iq, l->iw, l->plogit};
+        for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
+    }
+    lsa_free(t);
+}
+
+/* Votes of all layers of one row, merged: chunk ascending with its number of votes. Returns the count. */
+static int64_t merge_votes(const lsa_tap_state *t, int64_t row, int32_t *chunk, uint8_t *votes) {
+    int32_t at[LSA_MAX_CSA] = {0};
+    int64_t n = 0;
+    for (;;) {
+        int32_t best = INT32_MAX;
+        for (int32_t o = 0; o < t->c->n_csa; o++) {
+            const layer_slots *l = &t->layer[o];
+            if (at[o] < l->n_vote[row]) {
+                int32_t c = l->vote[row * t->rule.pool + at[o]];
+                if (c < best) best = c;
+            }
+        }
+        if (best == INT32_MAX) return n;
+        uint8_t v = 0;
+        for (int32_t o = 0; o < t->c->n_csa; o++) {
+            const layer_slots *l = &t->layer[o];
+            if (at[o] < l->n_vote[row] && l->vote[row * t->rule.pool + at[o]] == best) {
+                at[o]++;
+                v++;
+            }
+        }
+        if (chunk) {
+            chunk[n] = best;
+            votes[n] = v;
+        }
+        n++;
+    }
+}
+
+static lsa_status make_labels(lsa_csr *c, const lsa_tap_state *t, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    c->n_row = t->n_token;
+    LSA_TRY(LSA_NEW(c->begin, t->n_token + 1, err));
+    for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = c->begin[r] + merge_votes(t, r, NULL, NULL);
+    c->n_entry = c->begin[t->n_token];
+    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
+    LSA_TRY(LSA_NEW(c->votes, c->n_entry, err));
+    for (int64_t r = 0; r < t->n_token && c->n_entry; r++) merge_votes(t, r, c->chunk + c->begin[r], c->votes + c->begin[r]);
+done:
+    return st;
+}
+
+static lsa_status make_stats(lsa_csr *c, const lsa_tap_state *t, const layer_slots *l, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    c->n_row = t->n_token;
+    LSA_TRY(LSA_NEW(c->begin, t->n_token + 1, err));
+    for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = c->begin[r] + l->n_sel[r];
+    c->n_entry = c->begin[t->n_token];
+    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
+    LSA_TRY(LSA_NEW(c->logit, c->n_entry, err));
+    LSA_TRY(LSA_NEW(c->mass, c->n_entry, err));
+    for (int64_t r = 0; r < t->n_token; r++) {
+        const size_t n = (size_t)l->n_sel[r];
+        if (n == 0) continue;
+        memcpy(c->chunk + c->begin[r], l->sel + r * t->cap, n * sizeof(int32_t));
+        memcpy(c->logit + c->begin[r], l->logit + r * t->cap, n * sizeof(uint16_t));
+        memcpy(c->mass + c->begin[r], l->mass + r * t->cap, n * sizeof(uint16_t));
+    }
+done:
+    return st;
+}
+
+static lsa_status make_dense(lsa_csr *c, const lsa_tap_state *t, const layer_slots *l, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    c->n_row = t->n_dense;
+    LSA_TRY(LSA_NEW(c->begin, t->n_dense + 1, err));
+    LSA_TRY(LSA_NEW(c->row, t->n_dense, err));
+    LSA_TRY(LSA_NEW(c->rest, t->n_dense, err));
+    for (int64_t r = 0; r < t->n_dense; r++) {
+        c->begin[r + 1] = c->begin[r] + l->dense[r].n;
+        c->row[r] = (r + 1) * t->rule.dense_every - 1;
+        c->rest[r] = l->dense[r].rest;
+    }
+    c->n_entry = c->begin[t->n_dense];
+    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
+    LSA_TRY(LSA_NEW(c->mass, c->n_entry, err));
+    for (int64_t r = 0; r < t->n_dense; r++) {
+        if (l->dense[r].n == 0) continue;
+        memcpy(c->chunk + c->begin[r], l->dense[r].chunk, (size_t)l->dense[r].n * sizeof(int32_t));
+        memcpy(c->mass + c->begin[r], l->dense[r].mass, (size_t)l->dense[r].n * sizeof(uint16_t));
+    }
+done:
+    return st;
+}
+
+#define TAKE(dst, src) ((dst) = (src), (src) = NULL)
+
+lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    memset(out, 0, sizeof *out);
+    if (atomic_load(&t->failed)) LSA_FAIL(LSA_E_NOMEM, "document '%s': out of memory while gathering statistics", doc->name);
+    snprintf(out->name, sizeof out->name, "%s", doc->name);
+    out->n_token = t->n_token;
+    out->n_key = t->n_token / LSA_CHUNK;
+    out->token_xxh64 = lsa_xxh64(doc->token, (size_t)doc->n_token * sizeof *doc->token);
+    out->n_hidden = t->n_hidden;
+    out->n_probe = t->n_probe;
+    out->n_probe_logit = t->probe_at[t->n_probe];
+    out->probe_heads = t->c->index_n_head;
+    LSA_TRY(LSA_NEW(out->probe_row, t->n_probe, err));
+    for (int64_t i = 0; i < t->n_probe; i++) out->probe_row[i] = t->probe[i];
+    LSA_TRY(make_labels(&out->labels, t, err));
+    for (int32_t o = 0; o < t->c->n_csa; o++) {
+        layer_slots *l = &t->layer[o];
+        if (t->rule.stats) {
+            LSA_TRY(make_stats(&out->stats[o], t, l, err));
+            TAKE(out->local_mass[o], l->local);
+            TAKE(out->sink_mass[o], l->sink);
+        }
+        if (t->rule.dense_every) LSA_TRY(make_dense(&out->dense[o], t, l, err));
+        if (!t->rule.has_keys[o]) continue;
+        int64_t n_key;
+        const float *key = lsa_session_keys(s, (lsa_csa_ord){o}, &n_key);
+        LSA_TRY(LSA_NEW(out->key[o], n_key * LSA_KEY_BYTES, err));
+        for (int64_t i = 0; i < n_key; i++) lsa_key_encode(out->key[o] + i * LSA_KEY_BYTES, key + i * 128);
+        TAKE(out->hidden[o], l->hidden);
+        TAKE(out->probe_iq[o], l->iq);
+        TAKE(out->probe_iw[o], l->iw);
+        TAKE(out->probe_logit[o], l->plogit);
+    }
+done:
+    if (st != LSA_OK) lsa_doc_stats_fini(out);
+    return st;
+}

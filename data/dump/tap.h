@@ -1,0 +1,28 @@
+/* Gathers the statistics of one document while the teacher reads it: see lsa_doc_stats for what comes out. */
+#ifndef LSA_DATA_DUMP_TAP_H
+#define LSA_DATA_DUMP_TAP_H
+
+#include "data/docs.h"
+#include "data/shard_write.h"
+#include "infer/lsa_infer.h"
+
+typedef struct lsa_dump_rule {
+    double top_p;
+    int32_t pool, hidden_stride;
+    bool has_keys[LSA_MAX_CSA]; /* store keys and hidden vectors of this ordinal */
+    bool stats;
+    int64_t dense_every; /* 0: no dense mass; else rows with (position+1) mod dense_every = 0 */
+    double dense_min;    /* entries below go into `rest` */
+} lsa_dump_rule;
+
+typedef struct lsa_tap_state lsa_tap_state;
+
+/* Memory for a document of n_token tokens. probe: record probe rows. */
+LSA_NODISCARD lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const lsa_dump_rule *rule, int64_t n_token, bool probe,
+                                       lsa_err *err);
+lsa_taps lsa_tap_callbacks(lsa_tap_state *t);
+/* Turns what was gathered, and the session's keys, into `out`; the state is freed by lsa_tap_end either way. */
+LSA_NODISCARD lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc, lsa_err *err);
+void lsa_tap_end(lsa_tap_state *t);
+
+#endif

@@ -1,0 +1,19 @@
+/* Shared by the shard writer, reader and checker. */
+#ifndef LSA_DATA_SHARD_INTERNAL_H
+#define LSA_DATA_SHARD_INTERNAL_H
+
+#include "data/h5.h"
+#include "data/lsa_shard.h"
+
+#define LSA_MAX_PROBE 8
+
+/* Reads every dataset of one file and compares it with its xxh64 attribute. */
+LSA_NODISCARD lsa_status lsa_shard_check_hashes(const char *path, lsa_err *err);
+
+/* Calls fn for every dataset path of a file, in a fixed order. */
+LSA_NODISCARD lsa_status lsa_h5_each(lsa_h5_reader *r, lsa_status (*fn)(void *user, const char *name, lsa_err *err), void *user,
+                                     lsa_err *err);
+/* Like lsa_h5_find, for a dataset of any type and shape: bytes, offset and hash. */
+LSA_NODISCARD lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes, int64_t *offset, uint64_t *xxh64, lsa_err *err);
+
+#endif
