@@ -45,7 +45,7 @@ static void set_number(struct argp_state *st, const lsa_opt *o, const char *arg)
 
 static error_t on_option(int key, char *arg, struct argp_state *st) {
     parse_state *p = st->input;
-    if (key >= KEY0) {
+    if (key >= KEY0 && key < KEY0 + MAX_OPTS) {
         const lsa_opt *o = &p->opts[key - KEY0];
         switch (o->type) {
         case LSA_OPT_FLAG: *(bool *)o->dst = true; break;
