@@ -19,6 +19,10 @@ LSA_NODISCARD lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_
                                        const float *m, const float *v, const json_t *state, bool set_best, int64_t keep,
                                        lsa_err *err);
 
+/* Removes what an interrupted save left ("*.tmp") and, if keep > 0, the oldest steps as lsa_ckpt_save does. Call it under
+ * the run lock. A run without checkpoints is fine. */
+LSA_NODISCARD lsa_status lsa_ckpt_clean(const char *run, int64_t keep, lsa_err *err);
+
 /* dir = the step directory that `arg` means: a step directory, a latest/best file, or RUN (best, else latest). */
 LSA_NODISCARD lsa_status lsa_ckpt_resolve(char dir[LSA_PATH_MAX], const char *arg, lsa_err *err);
 
