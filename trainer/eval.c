@@ -1,0 +1,240 @@
+/* Evaluation: see eval.h. The mistake that would stay silent: counting chunks that are resident anyway, which flatters every
+ * score; candidates are those of training. */
+#include "trainer/eval.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "kernels/core/mem.h"
+#include "kernels/core/num.h"
+#include "kernels/cpu/topk.h"
+
+const double lsa_eval_budgets[LSA_EVAL_BUDGETS] = {0.05, 0.10, 0.20};
+const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS] = {16384, 65536, 262144, INT64_MAX};
+enum { GROUP = 64 };
+
+double lsa_precision(const lsa_scores *s) {
+    return s->tp + s->fp ? (double)s->tp / (double)(s->tp + s->fp) : 0;
+}
+double lsa_recall(const lsa_scores *s) {
+    return s->tp + s->fn ? (double)s->tp / (double)(s->tp + s->fn) : 0;
+}
+double lsa_f1(const lsa_scores *s) {
+    const double p = lsa_precision(s), r = lsa_recall(s);
+    return p + r > 0 ? 2 * p * r / (p + r) : 0;
+}
+
+static float sigmoid(float z) {
+    return 1.0f / (1.0f + expf(-z));
+}
+
+/* Counts one window under one score. prob: compared with the threshold; rank: orders the top-k. */
+static void count(lsa_scores *s, const float *prob, const float *rank, const uint8_t *votes, const float *mass, int64_t n, const lsa_recipe *r,
+                  float *scratch, int32_t *sel) {
+    int64_t pos = 0;
+    s->n_window++;
+    s->n_cand += n;
+    for (int64_t c = 0; c < n; c++) {
+        const bool want = votes[c] > 0, have = prob[c] >= (float)r->threshold;
+        pos += want;
+        s->tp += want && have;
+        s->fp += !want && have;
+        s->fn += want && !have;
+    }
+    const int64_t k = lsa_topk(rank, n, r->topk, NULL, 0, scratch, sel);
+    int64_t hit = 0;
+    for (int64_t i = 0; i < k; i++) hit += votes[sel[i]] > 0;
+    s->hit_k += hit;
+    s->n_pos += pos;
+    if (pos) {
+        s->macro_recall_k += (double)hit / (double)pos;
+        s->n_macro++;
+    }
+    if (!mass) return;
+    double total = 0;
+    for (int64_t c = 0; c < n; c++) total += (double)mass[c];
+    s->total_mass += total;
+    for (int b = 0; b <= LSA_EVAL_BUDGETS; b++) {
+        const double budget = b < LSA_EVAL_BUDGETS ? lsa_eval_budgets[b] : r->budget;
+        const int64_t kept = lsa_topk(rank, n, lsa_budget_chunks(budget, n), NULL, 0, scratch, sel);
+        for (int64_t i = 0; i < kept; i++) s->captured[b] += (double)mass[sel[i]];
+    }
+}
+
+static void add(lsa_scores *a, const lsa_scores *b) {
+    a->n_window += b->n_window, a->n_cand += b->n_cand, a->tp += b->tp, a->fp += b->fp, a->fn += b->fn;
+    a->hit_k += b->hit_k, a->n_pos += b->n_pos, a->macro_recall_k += b->macro_recall_k, a->n_macro += b->n_macro;
+    a->total_mass += b->total_mass;
+    for (int i = 0; i <= LSA_EVAL_BUDGETS; i++) a->captured[i] += b->captured[i];
+}
+
+/* All scores of one window from the layers' logits z[l], stride m*n. */
+static lsa_status window_scores(lsa_scores *row, int32_t L, const float *z, int64_t stride, const uint8_t *votes, const float *mass, int64_t n,
+                                const lsa_recipe *r, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    float *p = NULL, *mean = NULL, *max = NULL, *sum = NULL, *scratch = NULL;
+    int32_t *sel = NULL;
+    LSA_TRY(LSA_NEW(p, n, err));
+    LSA_TRY(LSA_NEW(mean, n, err));
+    LSA_TRY(LSA_NEW(max, n, err));
+    LSA_TRY(LSA_NEW(sum, n, err));
+    LSA_TRY(LSA_NEW(scratch, n, err));
+    LSA_TRY(LSA_NEW(sel, n, err));
+    for (int32_t l = 0; l < L; l++) {
+        const float *zl = z + l * stride;
+        for (int64_t c = 0; c < n; c++) {
+            p[c] = sigmoid(zl[c]);
+            mean[c] += p[c] / (float)L;
+            max[c] = fmaxf(max[c], p[c]);
+            sum[c] += zl[c];
+        }
+        count(&row[l], p, zl, votes, mass, n, r, scratch, sel);
+    }
+    count(&row[L], mean, mean, votes, mass, n, r, scratch, sel);
+    count(&row[L + 1], max, max, votes, mass, n, r, scratch, sel);
+    for (int64_t c = 0; c < n; c++) p[c] = sigmoid(sum[c]);
+    count(&row[L + 2], p, sum, votes, mass, n, r, scratch, sel);
+done:
+    lsa_free(p);
+    lsa_free(mean);
+    lsa_free(max);
+    lsa_free(sum);
+    lsa_free(scratch);
+    lsa_free(sel);
+    return st;
+}
+
+/* One group of windows; the windows run in parallel into rows of their own and are added in order. */
+static lsa_status group_scores(lsa_eval *e, int bin, const lsa_batch *b, const lsa_train_doc *d, lsa_source *s, const lsa_recipe *r, int64_t first,
+                               const float *z, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int32_t L = e->n - 3;
+    lsa_scores *rows = NULL;
+    bool failed = false;
+    LSA_TRY(LSA_NEW(rows, b->m * e->n, err));
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t i = 0; i < b->m; i++) {
+        float *mass = NULL;
+        uint8_t *votes = NULL;
+        lsa_window w;
+        if (lsa_window_at(&w, s, d, first + i, NULL) != LSA_OK || LSA_NEW(votes, w.n_cand, NULL) != LSA_OK ||
+            (e->has_mass && LSA_NEW(mass, w.n_cand, NULL) != LSA_OK)) {
+#pragma omp atomic write
+            failed = true;
+        } else {
+            lsa_window_needs(mass, votes, s, d, &w);
+            if (window_scores(rows + i * e->n, L, z + i * b->n, b->m * b->n, votes, mass, w.n_cand, r, NULL) != LSA_OK) {
+#pragma omp atomic write
+                failed = true;
+            }
+        }
+        lsa_free(mass);
+        lsa_free(votes);
+    }
+    if (failed) LSA_FAIL(LSA_E_NOMEM, "out of memory in the evaluation of document %lld", (long long)d->doc);
+    for (int64_t i = 0; i < b->m; i++) {
+        for (int32_t k = 0; k < e->n; k++) add(&e->row[k], &rows[i * e->n + k]);
+        add(&e->by_length[bin], &rows[i * e->n + e->n - 1]);
+    }
+done:
+    lsa_free(rows);
+    return st;
+}
+
+lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_recipe *r, const lsa_indexer_geom *g, int64_t first, int64_t last,
+                        lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_batch b = {0};
+    float *z = NULL;
+    int64_t cap = 0;
+    memset(e, 0, sizeof *e);
+    e->n = g->n_layer + 3;
+    e->has_mass = lsa_shards_get_info(lsa_source_shards(s))->has_stats || r->loss == LSA_LOSS_KL;
+    for (int32_t l = 0; l < g->n_layer; l++) snprintf(e->row[l].name, sizeof e->row[l].name, "c%d", g->ord[l].v);
+    snprintf(e->row[g->n_layer].name, 16, "mean");
+    snprintf(e->row[g->n_layer + 1].name, 16, "max");
+    snprintf(e->row[g->n_layer + 2].name, 16, "sum");
+    for (int64_t doc = first; doc < last; doc++) {
+        int64_t n_window;
+        const lsa_train_doc *d;
+        LSA_TRY(lsa_source_n_window(&n_window, s, doc, err));
+        for (int64_t w = 0; w < n_window; w += GROUP) {
+            const int64_t m = lsa_min_i64(GROUP, n_window - w);
+            LSA_TRY(lsa_batch_document(&b, s, doc, w, m, g, err));
+            const int64_t need = g->n_layer * m * b.n;
+            if (need > cap) {
+                lsa_free(z);
+                z = NULL;
+                LSA_TRY(LSA_NEW(z, need, err));
+                cap = need;
+            }
+            LSA_TRY(lsa_trainer_score(t, &b, z, err));
+            LSA_TRY(lsa_source_get(&d, s, doc, err));
+            int bin = 0;
+            while (d->info.n_token > lsa_eval_lengths[bin]) bin++;
+            LSA_TRY(group_scores(e, bin, &b, d, s, r, w, z, err));
+        }
+    }
+done:
+    lsa_batch_fini(&b);
+    lsa_free(z);
+    return st;
+}
+
+static double captured(const lsa_scores *s, int b) {
+    return s->total_mass > 0 ? s->captured[b] / s->total_mass : 0;
+}
+
+double lsa_eval_value(const lsa_eval *e, const lsa_recipe *r) {
+    const lsa_scores *mean = &e->row[e->n - 3], *sum = &e->row[e->n - 1];
+    if (r->metric == LSA_METRIC_F1) return lsa_f1(mean);
+    if (r->metric == LSA_METRIC_RECALL) return mean->n_pos ? (double)mean->hit_k / (double)mean->n_pos : 0;
+    return captured(sum, LSA_EVAL_BUDGETS);
+}
+
+static json_t *scores_json(const lsa_scores *s, bool has_mass) {
+    json_t *o = json_pack("{s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f}", "windows", (json_int_t)s->n_window, "candidates", (json_int_t)s->n_cand,
+                          "precision", lsa_precision(s), "recall", lsa_recall(s), "f1", lsa_f1(s), "kept",
+                          s->n_cand ? (double)(s->tp + s->fp) / (double)s->n_cand : 0.0, "recall_at_k", s->n_pos ? (double)s->hit_k / (double)s->n_pos : 0.0,
+                          "macro_recall_at_k", s->n_macro ? s->macro_recall_k / (double)s->n_macro : 0.0);
+    for (int b = 0; has_mass && b <= LSA_EVAL_BUDGETS; b++) {
+        char key[32];
+        if (b < LSA_EVAL_BUDGETS) snprintf(key, sizeof key, "captured_%.2f", lsa_eval_budgets[b]);
+        else snprintf(key, sizeof key, "captured");
+        json_object_set_new(o, key, json_real(captured(s, b)));
+    }
+    return o;
+}
+
+json_t *lsa_eval_json(const lsa_eval *e, const lsa_recipe *r) {
+    json_t *o = json_object(), *len = json_object();
+    for (int32_t i = 0; i < e->n; i++) json_object_set_new(o, e->row[i].name, scores_json(&e->row[i], e->has_mass));
+    for (int i = 0; i < LSA_EVAL_LENGTHS; i++) {
+        char key[32];
+        if (e->by_length[i].n_window == 0) continue;
+        if (i + 1 < LSA_EVAL_LENGTHS) snprintf(key, sizeof key, "up_to_%lld", (long long)lsa_eval_lengths[i]);
+        else snprintf(key, sizeof key, "longer");
+        json_object_set_new(len, key, scores_json(&e->by_length[i], e->has_mass));
+    }
+    json_object_set_new(o, "by_length", len);
+    json_object_set_new(o, "k", json_integer(r->topk));
+    json_object_set_new(o, "threshold", json_real(r->threshold));
+    json_object_set_new(o, "budget", json_real(r->budget));
+    return o;
+}
+
+void lsa_eval_print(const lsa_eval *e, const lsa_recipe *r) {
+    printf("%-6s %9s %9s %9s %9s %9s", "score", "precision", "recall", "F1", "kept", "recall@K");
+    for (int b = 0; e->has_mass && b < LSA_EVAL_BUDGETS; b++) printf("  captured %2.0f %%", 100 * lsa_eval_budgets[b]);
+    printf("\n");
+    for (int32_t i = 0; i < e->n; i++) {
+        const lsa_scores *s = &e->row[i];
+        printf("%-6s %9.4f %9.4f %9.4f %9.4f %9.4f", s->name, lsa_precision(s), lsa_recall(s), lsa_f1(s),
+               s->n_cand ? (double)(s->tp + s->fp) / (double)s->n_cand : 0.0, s->n_pos ? (double)s->hit_k / (double)s->n_pos : 0.0);
+        for (int b = 0; e->has_mass && b < LSA_EVAL_BUDGETS; b++) printf("  %13.4f", captured(s, b));
+        printf("\n");
+    }
+    printf("%lld windows, K = %lld, threshold %g; candidates are the chunks that can be evicted\n", (long long)e->row[0].n_window, (long long)r->topk,
+           r->threshold);
+}

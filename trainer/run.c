@@ -1,0 +1,420 @@
+/* The training loop. Invariant: everything that decides the next step (parameters, moments, cursor, counters, best value) is
+ * in the checkpoint; the recipe and the data are named in run.json, written before the first step. */
+#include "trainer/run.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "data/ckpt.h"
+#include "kernels/core/clock.h"
+#include "kernels/core/hash.h"
+#include "kernels/core/log.h"
+#include "kernels/core/mem.h"
+#include "trainer/tboard.h"
+#include "trainer/trace.h"
+
+typedef struct run {
+    const lsa_recipe *r;
+    const char *out, *data, *init;
+    lsa_ctx *ctx;
+    lsa_source *source;
+    lsa_order *order;
+    lsa_trainer *trainer;
+    lsa_indexer_geom g;
+    lsa_batch batch;
+    lsa_trace *trace;
+    float *params, *m, *v; /* host copies for checkpoints */
+    lsa_tboard tb;
+    FILE *metrics;
+    /* state */
+    int64_t step, since_best, bad, skipped;
+    lsa_cursor cursor;
+    double best;
+    bool has_best, stopped;
+    json_t *last_eval;
+    /* meters */
+    double loss_sum;
+    int64_t loss_n;
+} run;
+
+/* ---- geometry ---------------------------------------------------------------------------------------------- */
+
+static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_shards_info *f, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    memset(g, 0, sizeof *g);
+    g->hidden = f->hidden;
+    g->n_head = (int32_t)r->heads;
+    g->head_dim = 128;
+    g->rank = (int32_t)r->rank;
+    g->eps = 1e-6f;
+    g->rope = f->rope;
+    bool want[LSA_MAX_CSA] = {false};
+    if (!strcmp(r->layers, "all"))
+        for (int32_t o = 0; o < f->n_csa; o++) want[o] = f->has_keys[o];
+    for (const char *p = strcmp(r->layers, "all") ? r->layers : ""; *p;) {
+        char *end;
+        const long v = strtol(p, &end, 10);
+        if (end == p || v < 0 || v >= f->n_csa || (*end && *end != ','))
+            LSA_FAIL(LSA_E_CONFIG, "model.layers '%s': expected all, or CSA ordinals in [0, %d] with commas between", r->layers, f->n_csa - 1);
+        want[v] = true;
+        p = *end ? end + 1 : end;
+    }
+    for (int32_t o = 0; o < f->n_csa; o++)
+        if (want[o]) {
+            g->ord[g->n_layer].v = o;
+            g->id[g->n_layer++] = f->csa_id[o];
+        }
+    if (g->n_layer == 0) LSA_FAIL(LSA_E_CONFIG, "model.layers '%s' selects no layer that the shards hold keys of", r->layers);
+    LSA_TRY(lsa_indexer_geom_check(g, err));
+done:
+    return st;
+}
+
+static lsa_status shards_info(lsa_shards_info *f, const char *data, lsa_err *err) {
+    lsa_shards *s = NULL;
+    lsa_status st = lsa_shards_open(&s, data, err);
+    if (st == LSA_OK) *f = *lsa_shards_get_info(s);
+    lsa_shards_close(s);
+    return st;
+}
+
+/* ---- state ------------------------------------------------------------------------------------------------- */
+
+static json_t *state_json(const run *x) {
+    char hash[17], teacher[17];
+    const lsa_shards_info *f = lsa_shards_get_info(lsa_source_shards(x->source));
+    lsa_hex64(hash, lsa_shards_hash(lsa_source_shards(x->source)));
+    lsa_hex64(teacher, f->teacher_hash);
+    int64_t longest = 0;
+    for (int64_t d = 0; d < lsa_source_n_train(x->source); d++) {
+        const lsa_shards_doc i = lsa_shards_get_doc(lsa_source_shards(x->source), d);
+        if (i.n_token > longest) longest = i.n_token;
+    }
+    json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}", "step", (json_int_t)x->step, "epoch",
+                          (json_int_t)x->cursor.epoch, "index", (json_int_t)x->cursor.index, "updates", (json_int_t)lsa_trainer_updates(x->trainer),
+                          "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped", (json_int_t)x->skipped, "has_best", x->has_best,
+                          "best", x->best, "stopped", x->stopped, "recipe", lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key), "data_hash", hash,
+                          "teacher", f->teacher, "teacher_hash", teacher, "trained_length", (json_int_t)longest, "train_documents",
+                          (json_int_t)lsa_source_n_train(x->source));
+    if (x->last_eval) json_object_set(o, "eval", x->last_eval);
+    return o;
+}
+
+static lsa_status restore_state(run *x, int64_t *updates, const json_t *o, const char *where, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const char *hash;
+    char now[17];
+    LSA_TRY(lsa_json_i64(&x->step, o, "step", where, err));
+    LSA_TRY(lsa_json_i64(&x->cursor.epoch, o, "epoch", where, err));
+    LSA_TRY(lsa_json_i64(&x->cursor.index, o, "index", where, err));
+    LSA_TRY(lsa_json_i64(updates, o, "updates", where, err));
+    LSA_TRY(lsa_json_i64(&x->since_best, o, "since_best", where, err));
+    LSA_TRY(lsa_json_i64(&x->bad, o, "bad", where, err));
+    LSA_TRY(lsa_json_i64(&x->skipped, o, "skipped", where, err));
+    LSA_TRY(lsa_json_f64(&x->best, o, "best", where, err));
+    x->has_best = json_is_true(json_object_get(o, "has_best"));
+    x->stopped = json_is_true(json_object_get(o, "stopped"));
+    x->last_eval = json_incref(json_object_get(o, "eval"));
+    LSA_TRY(lsa_json_str(&hash, o, "data_hash", where, err));
+    lsa_hex64(now, lsa_shards_hash(lsa_source_shards(x->source)));
+    if (strcmp(hash, now)) LSA_FAIL(LSA_E_FORMAT, "the shards in '%s' are not those of the checkpoint (hash %s, expected %s)", x->data, now, hash);
+done:
+    return st;
+}
+
+static lsa_status save(run *x, bool best, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    json_t *state = state_json(x);
+    if (!state) LSA_FAIL(LSA_E_NOMEM, "cannot format the training state");
+    LSA_TRY(lsa_trainer_get(x->trainer, x->params, x->m, x->v, err));
+    LSA_TRY(lsa_ckpt_save(x->out, x->step, &x->g, x->params, x->m, x->v, state, best, x->r->keep, err));
+done:
+    json_decref(state);
+    return st;
+}
+
+/* ---- opening ----------------------------------------------------------------------------------------------- */
+
+static lsa_status open_run(run *x, const char *device, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_shards_info f;
+    LSA_TRY(lsa_recipe_check(x->r, err));
+    LSA_TRY(shards_info(&f, x->data, err));
+    LSA_TRY(make_geom(&x->g, x->r, &f, err));
+    LSA_TRY(lsa_ctx_create(&x->ctx, device, err));
+    LSA_TRY(lsa_source_open(&x->source, x->data, x->r, &x->g, x->r->loss == LSA_LOSS_KL || f.has_stats, err));
+    LSA_TRY(lsa_order_create(&x->order, x->source, x->r, err));
+    const int64_t n = lsa_indexer_n_param(&x->g);
+    LSA_TRY(LSA_NEW(x->params, n, err));
+    LSA_TRY(LSA_NEW(x->m, n, err));
+    LSA_TRY(LSA_NEW(x->v, n, err));
+done:
+    return st;
+}
+
+/* Initial parameters: random, or a checkpoint widened to the recipe's geometry. */
+static lsa_status initial(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_ckpt c = {0};
+    if (!x->init) {
+        lsa_indexer_init_random(x->params, &x->g, (uint64_t)x->r->seed);
+        goto done;
+    }
+    LSA_TRY(lsa_ckpt_load(&c, x->init, false, err));
+    LSA_TRY(lsa_indexer_widen(x->params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
+done:
+    lsa_ckpt_fini(&c);
+    return st;
+}
+
+static void run_fini(run *x) {
+    if (x->metrics) fclose(x->metrics);
+    lsa_tboard_close(&x->tb);
+    lsa_trace_destroy(x->trace);
+    lsa_batch_fini(&x->batch);
+    lsa_trainer_destroy(x->trainer);
+    lsa_order_destroy(x->order);
+    lsa_source_close(x->source);
+    lsa_ctx_destroy(x->ctx);
+    lsa_free(x->params);
+    lsa_free(x->m);
+    lsa_free(x->v);
+    json_decref(x->last_eval);
+}
+
+/* ---- reports ----------------------------------------------------------------------------------------------- */
+
+static void report_step(run *x, const lsa_step_result *s, double windows_per_s) {
+    const double loss = x->loss_n ? x->loss_sum / (double)x->loss_n : (double)NAN;
+    fprintf(x->metrics, "{\"step\": %lld, \"epoch\": %lld, \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"windows_per_s\": %.6g, \"skipped\": %lld}\n",
+            (long long)x->step, (long long)x->cursor.epoch, isfinite(loss) ? loss : -1.0, s->lr, isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s,
+            (long long)x->skipped);
+    fflush(x->metrics);
+    lsa_tboard_scalar(&x->tb, "train/loss", x->step, loss);
+    lsa_tboard_scalar(&x->tb, "train/lr", x->step, s->lr);
+    lsa_tboard_scalar(&x->tb, "train/grad_norm", x->step, s->grad_norm);
+    lsa_tboard_scalar(&x->tb, "train/windows_per_s", x->step, windows_per_s);
+    x->loss_sum = 0;
+    x->loss_n = 0;
+}
+
+/* Held-out documents, or nothing if there are none. Sets *best when this is the best so far. */
+static lsa_status evaluate(run *x, bool *best, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_eval e;
+    *best = false;
+    if (lsa_source_n_train(x->source) == lsa_source_n_doc(x->source)) return LSA_OK;
+    LSA_TRY(lsa_evaluate(&e, x->trainer, x->source, x->r, &x->g, lsa_source_n_train(x->source), lsa_source_n_doc(x->source), err));
+    const double v = lsa_eval_value(&e, x->r);
+    *best = !x->has_best || v > x->best;
+    if (*best) {
+        x->best = v;
+        x->has_best = true;
+        x->since_best = 0;
+    } else {
+        x->since_best++;
+    }
+    json_decref(x->last_eval);
+    x->last_eval = lsa_eval_json(&e, x->r);
+    char *text = json_dumps(x->last_eval, JSON_COMPACT | JSON_REAL_PRECISION(9));
+    fprintf(x->metrics, "{\"step\": %lld, \"eval\": %s}\n", (long long)x->step, text ? text : "null");
+    fflush(x->metrics);
+    free(text);
+    const lsa_scores *sum = &e.row[e.n - 1];
+    lsa_tboard_scalar(&x->tb, "eval/f1", x->step, lsa_f1(&e.row[e.n - 3]));
+    if (e.has_mass) lsa_tboard_scalar(&x->tb, "eval/captured", x->step, sum->total_mass > 0 ? sum->captured[LSA_EVAL_BUDGETS] / sum->total_mass : 0);
+    lsa_info("step %lld: held-out %s %.4f%s", (long long)x->step, x->r->metric == LSA_METRIC_CAPTURED ? "captured mass" : x->r->metric == LSA_METRIC_F1 ? "F1" : "recall@K",
+             v, *best ? " (best)" : "");
+done:
+    return st;
+}
+
+/* ---- the loop ---------------------------------------------------------------------------------------------- */
+
+static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(lsa_batch_next(&x->batch, x->source, x->order, x->r, &x->g, &x->cursor, err));
+    LSA_TRY(lsa_trainer_step(s, x->trainer, &x->batch, x->step, err));
+    if (x->trace) LSA_TRY(lsa_trace_add(x->trace, &x->batch, &x->g, s->loss, err));
+    x->step++;
+    if (s->skipped) {
+        x->bad++;
+        x->skipped++;
+        lsa_warn("step %lld: loss %g, gradient norm %g: update skipped (windows from document %lld, token %lld)", (long long)x->step, s->loss, s->grad_norm,
+                 (long long)x->batch.doc[0], (long long)x->batch.start[0]);
+        if (x->bad >= x->r->max_bad)
+            LSA_FAIL(LSA_E_NUMERIC, "%lld steps in a row were not finite; the last checkpoint is good: lower optim.lr and resume from it", (long long)x->bad);
+    } else {
+        x->bad = 0;
+        x->loss_sum += s->loss;
+        x->loss_n++;
+    }
+done:
+    return st;
+}
+
+static lsa_status loop(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const lsa_recipe *r = x->r;
+    lsa_progress p;
+    lsa_step_result s = {0};
+    double t0 = lsa_now_s();
+    int64_t n0 = x->step;
+    lsa_info("training on %s: %lld documents (%lld held out), %lld windows an epoch, %.2f M parameters in %d joint layers", lsa_ctx_describe(x->ctx),
+             (long long)lsa_source_n_train(x->source), (long long)(lsa_source_n_doc(x->source) - lsa_source_n_train(x->source)),
+             (long long)lsa_order_epoch_windows(x->order), 1e-6 * (double)lsa_indexer_n_param(&x->g), x->g.n_layer);
+    lsa_progress_begin(&p, "train", "steps", (double)r->steps, (double)x->step);
+    while (x->step < r->steps && !x->stopped) {
+        char extra[64];
+        LSA_TRY(one_step(x, &s, err));
+        snprintf(extra, sizeof extra, "loss %.4f", x->loss_n ? x->loss_sum / (double)x->loss_n : s.loss);
+        lsa_progress_update(&p, (double)x->step, extra);
+        const bool last = x->step == r->steps;
+        if (x->step % r->log_every == 0 || last) {
+            const double now = lsa_now_s();
+            report_step(x, &s, (double)((x->step - n0) * r->batch) / (now - t0 + 1e-9));
+            t0 = now;
+            n0 = x->step;
+        }
+        bool best = false;
+        const bool eval = (r->eval_every && x->step % r->eval_every == 0) || last;
+        if (eval) {
+            LSA_TRY(evaluate(x, &best, err));
+            if (r->patience && x->since_best >= r->patience) x->stopped = true;
+        }
+        const bool stop = lsa_stop_requested();
+        if (best || x->stopped || stop || last || x->step % r->save_every == 0) LSA_TRY(save(x, best, err));
+        if (eval || best || last) t0 = lsa_now_s(), n0 = x->step;
+        if (stop && !last)
+            LSA_FAIL(LSA_E_INTERRUPTED, "stopped at step %lld of %lld, saved; 'lsa-train resume %s' goes on", (long long)x->step, (long long)r->steps, x->out);
+    }
+    lsa_progress_end(&p);
+    if (x->stopped) lsa_info("stopped early: %lld evaluations without improvement", (long long)x->since_best);
+    if (x->trace) LSA_TRY(lsa_trace_save(x->trace, r->trace, err));
+done:
+    return st;
+}
+
+static lsa_status open_logs(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char path[LSA_PATH_MAX];
+    LSA_TRY(lsa_path(path, err, "%s/metrics.jsonl", x->out));
+    x->metrics = fopen(path, "a");
+    if (!x->metrics) LSA_FAIL(lsa_status_from_errno(errno), "cannot open '%s': %s", path, strerror(errno));
+    LSA_TRY(lsa_path(path, err, "%s/tb", x->out));
+    LSA_TRY(lsa_tboard_open(&x->tb, path, err));
+done:
+    return st;
+}
+
+static lsa_status write_run_files(const run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char path[LSA_PATH_MAX], data[LSA_PATH_MAX], init[LSA_PATH_MAX] = "", *text = NULL;
+    json_t *o = NULL;
+    if (!realpath(x->data, data)) LSA_FAIL(LSA_E_IO, "cannot find '%s': %s", x->data, strerror(errno));
+    if (x->init && !realpath(x->init, init)) LSA_FAIL(LSA_E_IO, "cannot find '%s': %s", x->init, strerror(errno));
+    LSA_TRY(lsa_recipe_text(&text, x->r, lsa_recipe_keys, lsa_recipe_n_key, false, err));
+    LSA_TRY(lsa_path(path, err, "%s/recipe.yaml", x->out));
+    LSA_TRY(lsa_write_file(path, text, strlen(text), err));
+    o = json_pack("{s:s, s:s, s:s?, s:o}", "format", "lsa-run/1", "data", data, "init", x->init ? init : NULL, "recipe",
+                  lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key));
+    LSA_TRY(lsa_path(path, err, "%s/run.json", x->out));
+    LSA_TRY(lsa_json_save(o, path, err));
+done:
+    json_decref(o);
+    lsa_free(text);
+    return st;
+}
+
+lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out, const char *init, const char *device, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    run x = {.r = r, .out = out, .data = data, .init = init};
+    char path[LSA_PATH_MAX];
+    int lock = -1;
+    LSA_TRY(lsa_path(path, err, "%s/run.json", out));
+    if (lsa_exists(path)) LSA_FAIL(LSA_E_ARG, "'%s' already holds a run; 'lsa-train resume %s' goes on with it, or choose another --out", out, out);
+    LSA_TRY(open_run(&x, device, err));
+    LSA_TRY(initial(&x, err));
+    LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, r, &x.g, x.params, NULL, NULL, 0, err));
+    LSA_TRY(lsa_mkdirs(out, err));
+    LSA_TRY(lsa_lock_dir(&lock, out, err));
+    LSA_TRY(write_run_files(&x, err));
+    LSA_TRY(open_logs(&x, err));
+    if (*r->trace) LSA_TRY(lsa_trace_create(&x.trace, x.params, &x.g, err));
+    LSA_TRY(loop(&x, err));
+done:
+    run_fini(&x);
+    lsa_unlock(lock);
+    return st;
+}
+
+lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_recipe r;
+    run x = {.r = &r, .out = out};
+    json_t *o = NULL;
+    lsa_ckpt c = {0};
+    char path[LSA_PATH_MAX];
+    int lock = -1;
+    int64_t updates = 0;
+    LSA_TRY(lsa_path(path, err, "%s/run.json", out));
+    if (!lsa_exists(path)) LSA_FAIL(LSA_E_IO, "'%s' is not a run: it has no run.json; start one with 'lsa-train run'", out);
+    LSA_TRY(lsa_json_load(&o, path, err));
+    LSA_TRY(lsa_json_str(&x.data, o, "data", path, err));
+    x.init = json_string_value(json_object_get(o, "init"));
+    LSA_TRY(lsa_recipe_from_json(&r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(o, "recipe"), path, err));
+    LSA_TRY(lsa_lock_dir(&lock, out, err));
+    LSA_TRY(open_run(&x, device, err));
+    LSA_TRY(lsa_ckpt_clean(out, 0, err));
+    LSA_TRY(lsa_path(path, err, "%s/ckpt/latest", out));
+    if (lsa_exists(path)) {
+        LSA_TRY(lsa_ckpt_load(&c, path, true, err));
+        LSA_TRY(restore_state(&x, &updates, c.state, c.dir, err));
+        LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, &r, &x.g, c.params, c.m, c.v, updates, err));
+    } else {
+        LSA_TRY(initial(&x, err));
+        LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, &r, &x.g, x.params, NULL, NULL, 0, err));
+    }
+    if (x.step >= r.steps || x.stopped) {
+        lsa_info("'%s' is finished: nothing to resume", out);
+        goto done;
+    }
+    LSA_TRY(open_logs(&x, err));
+    LSA_TRY(loop(&x, err));
+done:
+    lsa_ckpt_fini(&c);
+    run_fini(&x);
+    json_decref(o);
+    lsa_unlock(lock);
+    return st;
+}
+
+lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const char *data, bool val_only, const char *device, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_ckpt c = {0};
+    lsa_ctx *ctx = NULL;
+    lsa_source *source = NULL;
+    lsa_trainer *t = NULL;
+    lsa_shards_info f;
+    LSA_TRY(lsa_ckpt_load(&c, ckpt, false, err));
+    if (json_object_get(c.state, "recipe"))
+        LSA_TRY(lsa_recipe_from_json(r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(c.state, "recipe"), c.dir, err));
+    else LSA_TRY(lsa_recipe_load(r, lsa_recipe_keys, lsa_recipe_n_key, NULL, NULL, 0, err));
+    if (!val_only) r->val_documents = 0;
+    LSA_TRY(shards_info(&f, data, err));
+    LSA_TRY(lsa_ctx_create(&ctx, device, err));
+    LSA_TRY(lsa_source_open(&source, data, r, &c.geom, f.has_stats, err));
+    LSA_TRY(lsa_trainer_create(&t, ctx, r, &c.geom, c.params, NULL, NULL, 0, err));
+    LSA_TRY(lsa_evaluate(out, t, source, r, &c.geom, val_only ? lsa_source_n_train(source) : 0, lsa_source_n_doc(source), err));
+    if (out->row[0].n_window == 0) LSA_FAIL(LSA_E_CONFIG, "'%s': no document is longer than tail + tau tokens: nothing to evaluate", data);
+done:
+    lsa_trainer_destroy(t);
+    lsa_source_close(source);
+    lsa_ctx_destroy(ctx);
+    lsa_ckpt_fini(&c);
+    return st;
+}
