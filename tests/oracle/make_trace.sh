@@ -45,7 +45,9 @@ json.dump({"recipe": json.load(open(run + "/run.json"))["recipe"], "steps": step
 PY
 }
 
-trace reference_focal reference --set train.steps=200 --set sample.max_pos=16
+# A larger rate, decay and a tighter clip than the recipe's, so that a wrong optimiser shows in 200 steps.
+trace reference_focal reference --set train.steps=200 --set sample.max_pos=16 --set optim.lr=2e-3 --set optim.weight_decay=0.3 \
+    --set optim.clip=0.05
 trace lookahead_kl smoke --set train.steps=200 --set window.stride=4 --set loss.kind=kl --set loss.on=sum --set optim.warmup=20
 trace reference_bce reference --set train.steps=60 --set sample.max_pos=16 --set loss.kind=bce --set loss.weighted=true \
     --set loss.smoothing=0.05
