@@ -5,10 +5,6 @@ const char *lsa_version(void) {
     return LSA_VERSION;
 }
 
-const char *lsa_commit(void) {
-    return LSA_COMMIT;
-}
-
 const char *lsa_version_text(void) {
     return "lsa " LSA_VERSION "\ncommit   " LSA_COMMIT "\nCUDA     " LSA_FEATURE_CUDA "\nOpenBLAS " LSA_FEATURE_BLAS
            "\nHDF5     " LSA_FEATURE_HDF5;

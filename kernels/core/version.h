@@ -3,7 +3,6 @@
 #define LSA_KERNELS_CORE_VERSION_H
 
 const char *lsa_version(void);      /* "0.1.0" */
-const char *lsa_commit(void);       /* git commit of the source, or "unknown" */
 const char *lsa_version_text(void); /* several lines: version, commit, features, architectures */
 
 #endif
