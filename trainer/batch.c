@@ -35,6 +35,11 @@ lsa_status lsa_order_create(lsa_order **out, lsa_source *s, const lsa_recipe *r,
         o->begin[d + 1] = o->begin[d] + n;
     }
     o->n_window = o->begin[o->n_doc];
+    if (o->n_window == 0 && r->mode == LSA_MODE_REFERENCE)
+        LSA_FAIL(LSA_E_CONFIG,
+                 "no window to train on: in %lld training documents (%lld held out) no chunk has sample.min_layers = %lld votes; lower it, or "
+                 "sample.val_documents",
+                 (long long)o->n_doc, (long long)r->val_documents, (long long)r->min_layers);
     if (o->n_window == 0)
         LSA_FAIL(LSA_E_CONFIG, "no window to train on: %lld training documents (%lld held out), tau %lld, tail %lld; documents must be longer than "
                                "tail + tau tokens and sample.val_documents smaller than their number",

@@ -165,6 +165,10 @@ static lsa_status initial(run *x, lsa_err *err) {
         goto done;
     }
     LSA_TRY(lsa_ckpt_load(&c, x->init, false, err));
+    const lsa_rope *a = &c.geom.rope, *b = &x->g.rope;
+    if (a->dim != b->dim || a->base != b->base || a->factor != b->factor || a->original_len != b->original_len ||
+        a->beta_fast != b->beta_fast || a->beta_slow != b->beta_slow)
+        LSA_FAIL(LSA_E_CONFIG, "--init '%s': its RoPE constants are not those of the shards: it belongs to another teacher", x->init);
     LSA_TRY(lsa_indexer_widen(x->params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
 done:
     lsa_ckpt_fini(&c);
@@ -369,7 +373,7 @@ lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
     LSA_TRY(lsa_recipe_from_json(&r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(o, "recipe"), path, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(open_run(&x, device, err));
-    LSA_TRY(lsa_ckpt_clean(out, 0, err));
+    LSA_TRY(lsa_ckpt_clean(out, r.keep, err)); /* a kill may have come before the save's own pruning */
     LSA_TRY(lsa_path(path, err, "%s/ckpt/latest", out));
     if (lsa_exists(path)) {
         LSA_TRY(lsa_ckpt_load(&c, path, true, err));
@@ -384,6 +388,7 @@ lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
         goto done;
     }
     LSA_TRY(open_logs(&x, err));
+    if (*r.trace) lsa_warn("train.trace: a resumed run writes no trace; traces are for short runs in one go");
     LSA_TRY(loop(&x, err));
 done:
     lsa_ckpt_fini(&c);
