@@ -1,5 +1,5 @@
-/* Tokenised documents: see docs.h for the rules of cutting. The mistake that would stay silent: cutting planted files by
- * id 0, which also occurs inside their documents. */
+/* Tokenised documents: see docs.h for the rules of cutting. The mistake that would stay silent: cutting
+ * planted files by id 0, which also occurs inside their documents. */
 #include "data/docs.h"
 
 #include <ctype.h>
@@ -16,7 +16,7 @@
 
 struct lsa_docs {
     int32_t *token;
-    int64_t n_token;
+    int64_t n_token, cap_token;
     LSA_VEC(lsa_doc) doc; /* all documents of the file */
     LSA_VEC(int64_t) start;
     int64_t first, count; /* the chosen range */
@@ -32,8 +32,11 @@ static const char *base_name(const char *path) {
     return s ? s + 1 : path;
 }
 
-static lsa_status add_doc(lsa_docs *d, const char *path, int64_t start, int64_t n, const char *name, lsa_err *err) {
-    if (n < 1) LSA_RET_FAIL(LSA_E_FORMAT, "%s: document %lld is empty; remove it from the input", path, (long long)d->doc.len);
+static lsa_status add_doc(lsa_docs *d, const char *path, int64_t start, int64_t n, const char *name,
+                          lsa_err *err) {
+    if (n < 1)
+        LSA_RET_FAIL(LSA_E_FORMAT, "%s: document %lld is empty; remove it from the input", path,
+                     (long long)d->doc.len);
     lsa_status st = LSA_VEC_RESERVE(d->doc, d->doc.len + 1, err);
     if (st == LSA_OK) st = LSA_VEC_RESERVE(d->start, d->doc.len + 1, err);
     if (st != LSA_OK) return st;
@@ -41,8 +44,10 @@ static lsa_status add_doc(lsa_docs *d, const char *path, int64_t start, int64_t 
     memset(x, 0, sizeof *x);
     x->index = d->doc.len;
     x->n_token = n;
-    if (name) snprintf(x->name, sizeof x->name, "%.95s", name);
-    else snprintf(x->name, sizeof x->name, "%.70s:%lld", base_name(path), (long long)d->doc.len);
+    if (name)
+        snprintf(x->name, sizeof x->name, "%.95s", name);
+    else
+        snprintf(x->name, sizeof x->name, "%.70s:%lld", base_name(path), (long long)d->doc.len);
     d->start.data[d->doc.len++] = start;
     return LSA_OK;
 }
@@ -54,10 +59,13 @@ static lsa_status read_ids(lsa_docs *d, const char *path, lsa_err *err) {
     const size_t w = has_ext(path, ".u32") ? 4 : 2;
     LSA_TRY(lsa_read_file(&raw, &n_bytes, path, err));
     if (n_bytes % w)
-        LSA_FAIL(LSA_E_FORMAT, "%s: %zu bytes are not a whole number of %zu-byte tokens; the file is truncated", path, n_bytes, w);
+        LSA_FAIL(LSA_E_FORMAT,
+                 "%s: %zu bytes are not a whole number of %zu-byte tokens; the file is truncated", path,
+                 n_bytes, w);
     d->n_token = (int64_t)(n_bytes / w);
     if (d->n_token == 0) LSA_FAIL(LSA_E_FORMAT, "%s: the file holds no tokens", path);
     LSA_TRY(LSA_NEW(d->token, d->n_token, err));
+    d->cap_token = d->n_token;
     for (int64_t i = 0; i < d->n_token; i++) {
         const unsigned char *p = (const unsigned char *)raw + (size_t)i * w;
         uint32_t v = (uint32_t)p[0] | (uint32_t)p[1] << 8;
@@ -70,8 +78,9 @@ done:
     return st;
 }
 
-/* Calls `line` for each non-empty line of a JSONL file, parsed. */
-typedef lsa_status (*line_fn)(lsa_docs *d, const json_t *o, const char *path, int64_t number, lsa_err *err);
+/* Called for each non-empty line of a JSONL file, parsed; where is "path:line" for messages. */
+typedef lsa_status (*line_fn)(lsa_docs *d, const json_t *o, const char *path, const char *where,
+                              lsa_err *err);
 
 static lsa_status each_line(lsa_docs *d, const char *path, line_fn fn, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -79,6 +88,8 @@ static lsa_status each_line(lsa_docs *d, const char *path, line_fn fn, lsa_err *
     size_t n;
     json_t *o = NULL;
     LSA_TRY(lsa_read_file(&text, &n, path, err));
+    if (strlen(text) != n)
+        LSA_FAIL(LSA_E_FORMAT, "%s: a zero byte at offset %zu; this is not a JSONL file", path, strlen(text));
     int64_t number = 0;
     for (char *p = text; *p;) {
         char *end = strchr(p, '\n');
@@ -90,7 +101,7 @@ static lsa_status each_line(lsa_docs *d, const char *path, line_fn fn, lsa_err *
             char where[LSA_PATH_MAX + 32];
             snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
             LSA_TRY(lsa_json_parse(&o, p, len, where, err));
-            LSA_TRY(fn(d, o, where, number, err));
+            LSA_TRY(fn(d, o, path, where, err));
             json_decref(o);
             o = NULL;
         }
@@ -102,14 +113,13 @@ done:
     return st;
 }
 
-static lsa_status token_line(lsa_docs *d, const json_t *o, const char *where, int64_t number, lsa_err *err) {
+static lsa_status token_line(lsa_docs *d, const json_t *o, const char *path, const char *where,
+                             lsa_err *err) {
     json_t *a;
-    (void)number;
     lsa_status st = lsa_json_array(&a, o, "tokens", where, err);
     if (st != LSA_OK) return st;
     int64_t n = (int64_t)json_array_size(a), at = d->n_token;
-    int64_t cap = d->n_token;
-    st = lsa_grow_((void **)&d->token, &cap, at + n, sizeof *d->token, "tokens", err);
+    st = lsa_grow_((void **)&d->token, &d->cap_token, at + n, sizeof *d->token, "tokens", err);
     if (st != LSA_OK) return st;
     for (int64_t i = 0; i < n; i++) {
         const json_t *v = json_array_get(a, (size_t)i);
@@ -118,17 +128,20 @@ static lsa_status token_line(lsa_docs *d, const json_t *o, const char *where, in
         d->token[at + i] = (int32_t)json_integer_value(v);
     }
     d->n_token += n;
-    return add_doc(d, where, at, n, json_string_value(json_object_get(o, "name")), err);
+    return add_doc(d, path, at, n, json_string_value(json_object_get(o, "name")), err);
 }
 
-static lsa_status read_pairs(int64_t *out, int64_t width, const json_t *a, int64_t n_token, const char *key, const char *where, lsa_err *err) {
+static lsa_status read_pairs(int64_t *out, int64_t width, const json_t *a, int64_t n_token, const char *key,
+                             const char *where, lsa_err *err) {
     for (size_t i = 0; i < json_array_size(a); i++) {
         const json_t *p = json_array_get(a, i);
-        if (json_array_size(p) != (size_t)width) LSA_RET_FAIL(LSA_E_FORMAT, "%s: %s[%zu] must have %lld numbers", where, key, i, (long long)width);
+        if (json_array_size(p) != (size_t)width)
+            LSA_RET_FAIL(LSA_E_FORMAT, "%s: %s[%zu] must have %lld numbers", where, key, i, (long long)width);
         for (int64_t j = 0; j < width; j++) {
             const json_t *v = json_array_get(p, (size_t)j);
             if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > n_token)
-                LSA_RET_FAIL(LSA_E_FORMAT, "%s: %s[%zu][%lld] must be an offset in [0, %lld]", where, key, i, (long long)j, (long long)n_token);
+                LSA_RET_FAIL(LSA_E_FORMAT, "%s: %s[%zu][%lld] must be an offset in [0, %lld]", where, key, i,
+                             (long long)j, (long long)n_token);
             out[(int64_t)i * width + j] = (int64_t)json_integer_value(v);
         }
     }
@@ -144,18 +157,21 @@ static int by_dest(const void *a, const void *b) {
     return (x->dest > y->dest) - (x->dest < y->dest);
 }
 
-static lsa_status needs_line(lsa_docs *d, const json_t *o, const char *where, int64_t number, lsa_err *err) {
+static lsa_status needs_line(lsa_docs *d, const json_t *o, const char *path, const char *where,
+                             lsa_err *err) {
     lsa_status st = LSA_OK;
     int64_t start, n;
     json_t *facts, *replays;
     lsa_fact *f = NULL;
     lsa_replay *r = NULL;
-    (void)number;
+    (void)path;
     LSA_TRY(lsa_json_i64(&start, o, "start", where, err));
     LSA_TRY(lsa_json_i64(&n, o, "tokens", where, err));
     if (start < 0 || n < 0 || start > d->n_token || n > d->n_token - start)
-        LSA_FAIL(LSA_E_FORMAT, "%s: tokens [%lld, +%lld) lie outside the token file of %lld; the index belongs to another file", where,
-                 (long long)start, (long long)n, (long long)d->n_token);
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "%s: tokens [%lld, +%lld) lie outside the token file of %lld; the index belongs to another file",
+            where, (long long)start, (long long)n, (long long)d->n_token);
     LSA_TRY(add_doc(d, where, start, n, NULL, err));
     LSA_TRY(lsa_json_array(&facts, o, "facts", where, err));
     LSA_TRY(lsa_json_array(&replays, o, "replays", where, err));
@@ -187,13 +203,15 @@ static lsa_status cut_by_zero(lsa_docs *d, const char *path, lsa_err *err) {
     return LSA_OK;
 }
 
-static lsa_status parse_end(int64_t *out, int64_t dflt, const char *s, size_t n, const char *range, lsa_err *err) {
+static lsa_status parse_end(int64_t *out, int64_t dflt, const char *s, size_t n, const char *range,
+                            lsa_err *err) {
     *out = dflt;
     if (n == 0) return LSA_OK;
     char *end;
     errno = 0;
     long long v = strtoll(s, &end, 10);
-    if (errno || end != s + n || v < 0) LSA_RET_FAIL(LSA_E_ARG, "--documents '%s' must look like A:B, half-open, from 0", range);
+    if (errno || end != s + n || v < 0)
+        LSA_RET_FAIL(LSA_E_ARG, "--documents '%s' must look like A:B, half-open, from 0", range);
     *out = v;
     return LSA_OK;
 }
@@ -208,24 +226,32 @@ static lsa_status set_range(lsa_docs *d, const char *range, lsa_err *err) {
         LSA_TRY(parse_end(&b, d->doc.len, colon + 1, strlen(colon + 1), range, err));
     }
     if (a >= b || b > d->doc.len)
-        LSA_FAIL(LSA_E_ARG, "--documents %lld:%lld is not a non-empty part of the %lld documents", (long long)a, (long long)b, (long long)d->doc.len);
+        LSA_FAIL(LSA_E_ARG, "--documents %lld:%lld is not a non-empty part of the %lld documents",
+                 (long long)a, (long long)b, (long long)d->doc.len);
     d->first = a;
     d->count = b - a;
 done:
     return st;
 }
 
-lsa_status lsa_docs_open(lsa_docs **out, const char *tokens, const char *needs, const char *range, int64_t vocab, lsa_err *err) {
+lsa_status lsa_docs_open(lsa_docs **out, const char *tokens, const char *needs, const char *range,
+                         int64_t vocab, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_docs *d = NULL;
     *out = NULL;
     LSA_TRY(LSA_NEW(d, 1, err));
     if (has_ext(tokens, ".jsonl")) {
+        if (needs)
+            LSA_FAIL(LSA_E_ARG,
+                     "--needs cuts .u16 and .u32 files; '%s' has one document per line, so leave --needs out",
+                     tokens);
         LSA_TRY(each_line(d, tokens, token_line, err));
     } else {
         LSA_TRY(read_ids(d, tokens, err));
-        if (needs) LSA_TRY(each_line(d, needs, needs_line, err));
-        else LSA_TRY(cut_by_zero(d, tokens, err));
+        if (needs)
+            LSA_TRY(each_line(d, needs, needs_line, err));
+        else
+            LSA_TRY(cut_by_zero(d, tokens, err));
     }
     if (d->doc.len == 0) LSA_FAIL(LSA_E_FORMAT, "%s: no documents", needs ? needs : tokens);
     for (int64_t i = 0; i < d->doc.len; i++) d->doc.data[i].token = d->token + d->start.data[i];
@@ -234,7 +260,8 @@ lsa_status lsa_docs_open(lsa_docs **out, const char *tokens, const char *needs, 
         const lsa_doc *x = lsa_docs_at(d, i);
         for (int64_t t = 0; t < x->n_token; t++)
             if (x->token[t] >= vocab)
-                LSA_FAIL(LSA_E_FORMAT, "%s: document %lld, token %lld is %d; the teacher's vocabulary is [0, %lld)", tokens,
+                LSA_FAIL(LSA_E_FORMAT,
+                         "%s: document %lld, token %lld is %d; the teacher's vocabulary is [0, %lld)", tokens,
                          (long long)x->index, (long long)t, x->token[t], (long long)vocab);
     }
     *out = d;

@@ -1,5 +1,5 @@
-/* HDF5: see h5.h. DURABLE: H5Fclose can report success after lost writes, so the caller reads the file back and compares
- * hashes before the final name exists. */
+/* HDF5: see h5.h. DURABLE: H5Fclose can report success after lost writes, so the caller reads the file back
+ * and compares hashes before the final name exists. */
 #include "data/h5.h"
 
 #include <errno.h>
@@ -37,12 +37,18 @@ static const char *type_name(lsa_h5_type t) {
 static hid_t make_type(lsa_h5_type t) {
     hid_t h;
     switch (t) {
-    case LSA_H5_U8: return H5Tcopy(H5T_STD_U8LE);
-    case LSA_H5_I32: return H5Tcopy(H5T_STD_I32LE);
-    case LSA_H5_I64: return H5Tcopy(H5T_STD_I64LE);
-    case LSA_H5_U64: return H5Tcopy(H5T_STD_U64LE);
-    case LSA_H5_U16: return H5Tcopy(H5T_STD_U16LE);
-    case LSA_H5_F32: return H5Tcopy(H5T_IEEE_F32LE);
+    case LSA_H5_U8:
+        return H5Tcopy(H5T_STD_U8LE);
+    case LSA_H5_I32:
+        return H5Tcopy(H5T_STD_I32LE);
+    case LSA_H5_I64:
+        return H5Tcopy(H5T_STD_I64LE);
+    case LSA_H5_U64:
+        return H5Tcopy(H5T_STD_U64LE);
+    case LSA_H5_U16:
+        return H5Tcopy(H5T_STD_U16LE);
+    case LSA_H5_F32:
+        return H5Tcopy(H5T_IEEE_F32LE);
     case LSA_H5_F16:
         h = H5Tcopy(H5T_IEEE_F32LE);
         H5Tset_fields(h, 15, 10, 5, 0, 10);
@@ -70,7 +76,8 @@ static const char *h5_text(char buf[160]) {
     return buf;
 }
 
-/* ---- writer ------------------------------------------------------------------------------------------------ */
+/* ---- writer
+ * ------------------------------------------------------------------------------------------------ */
 
 struct lsa_h5_writer {
     hid_t file;
@@ -107,7 +114,8 @@ lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, lsa_err *err) {
     H5Pset_obj_track_times(fcpl, false);
     w->file = H5Fcreate(path, H5F_ACC_TRUNC, fcpl, H5P_DEFAULT);
     H5Pclose(fcpl);
-    if (w->file < 0) st = lsa_err_set(err, io_code(), __FILE__, __LINE__, "cannot create '%s': %s", path, h5_text(why));
+    if (w->file < 0)
+        st = lsa_err_set(err, io_code(), __FILE__, __LINE__, "cannot create '%s': %s", path, h5_text(why));
     pthread_mutex_unlock(&g_lock);
     if (st != LSA_OK) {
         lsa_free(w);
@@ -128,7 +136,8 @@ static lsa_status put_attr(hid_t obj, const char *name, const char *value) {
     return ok ? LSA_OK : LSA_E_IO;
 }
 
-static lsa_status write_locked(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows, int64_t cols, const void *data, lsa_err *err) {
+static lsa_status write_locked(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows, int64_t cols,
+                               const void *data, lsa_err *err) {
     lsa_status st = LSA_OK;
     char why[160], hex[17];
     const hsize_t dims[2] = {(hsize_t)rows, (hsize_t)cols};
@@ -146,10 +155,12 @@ static lsa_status write_locked(lsa_h5_writer *w, const char *name, lsa_h5_type t
     if (bytes && H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0)
         LSA_FAIL(io_code(), "cannot write dataset '%s' of '%s': %s", name, w->path, h5_text(why));
     lsa_hex64(hex, lsa_xxh64(data, (size_t)bytes));
-    if (put_attr(set, "xxh64", hex) != LSA_OK) LSA_FAIL(io_code(), "cannot write the hash of '%s' in '%s': %s", name, w->path, h5_text(why));
+    if (put_attr(set, "xxh64", hex) != LSA_OK)
+        LSA_FAIL(io_code(), "cannot write the hash of '%s' in '%s': %s", name, w->path, h5_text(why));
 done:
     if (set >= 0 && H5Dclose(set) < 0 && st == LSA_OK)
-        st = lsa_err_set(err, io_code(), __FILE__, __LINE__, "cannot close dataset '%s' of '%s': %s", name, w->path, h5_text(why));
+        st = lsa_err_set(err, io_code(), __FILE__, __LINE__, "cannot close dataset '%s' of '%s': %s", name,
+                         w->path, h5_text(why));
     H5Pclose(lcpl);
     H5Pclose(dcpl);
     H5Sclose(space);
@@ -157,7 +168,8 @@ done:
     return st;
 }
 
-lsa_status lsa_h5_write(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows, int64_t cols, const void *data, lsa_err *err) {
+lsa_status lsa_h5_write(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows, int64_t cols,
+                        const void *data, lsa_err *err) {
     lsa_err own = {0};
     if (w->failed) return poison(w, LSA_E_IO, err, &own);
     pthread_mutex_lock(&g_lock);
@@ -166,7 +178,8 @@ lsa_status lsa_h5_write(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64
     return st == LSA_OK ? LSA_OK : poison(w, st, err, &own);
 }
 
-lsa_status lsa_h5_attr_str(lsa_h5_writer *w, const char *object, const char *name, const char *value, lsa_err *err) {
+lsa_status lsa_h5_attr_str(lsa_h5_writer *w, const char *object, const char *name, const char *value,
+                           lsa_err *err) {
     lsa_err own = {0};
     char why[160];
     if (w->failed) return poison(w, LSA_E_IO, err, &own);
@@ -175,7 +188,8 @@ lsa_status lsa_h5_attr_str(lsa_h5_writer *w, const char *object, const char *nam
     hid_t o = H5Oopen(w->file, object, H5P_DEFAULT);
     lsa_status st = LSA_OK;
     if (o < 0 || put_attr(o, name, value) != LSA_OK)
-        st = lsa_err_set(&own, io_code(), __FILE__, __LINE__, "cannot write attribute '%s' of '%s': %s", name, w->path, h5_text(why));
+        st = lsa_err_set(&own, io_code(), __FILE__, __LINE__, "cannot write attribute '%s' of '%s': %s", name,
+                         w->path, h5_text(why));
     if (o >= 0) H5Oclose(o);
     pthread_mutex_unlock(&g_lock);
     return st == LSA_OK ? LSA_OK : poison(w, st, err, &own);
@@ -189,14 +203,16 @@ lsa_status lsa_h5_finish(lsa_h5_writer *w, lsa_err *err) {
     errno = 0;
     herr_t rc = H5Fclose(w->file);
     lsa_status st = LSA_OK;
-    if (rc < 0) st = lsa_err_set(&own, io_code(), __FILE__, __LINE__, "cannot close '%s': %s", w->path, h5_text(why));
+    if (rc < 0)
+        st = lsa_err_set(&own, io_code(), __FILE__, __LINE__, "cannot close '%s': %s", w->path, h5_text(why));
     pthread_mutex_unlock(&g_lock);
     if (w->failed || st != LSA_OK) st = poison(w, st, err, &own);
     lsa_free(w);
     return st;
 }
 
-/* ---- reader ------------------------------------------------------------------------------------------------ */
+/* ---- reader
+ * ------------------------------------------------------------------------------------------------ */
 
 struct lsa_h5_reader {
     hid_t file;
@@ -216,8 +232,10 @@ lsa_status lsa_h5_open(lsa_h5_reader **out, const char *path, lsa_err *err) {
         pthread_mutex_lock(&g_lock);
         r->file = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
         if (r->file < 0)
-            st = lsa_err_set(err, LSA_E_FORMAT, __FILE__, __LINE__, "'%s' is not a readable HDF5 file (%s); it is truncated or damaged: delete it and resume the dump",
-                             path, h5_text(why));
+            st = lsa_err_set(
+                err, LSA_E_FORMAT, __FILE__, __LINE__,
+                "'%s' is not a readable HDF5 file (%s); it is truncated or damaged: delete it and resume the dump",
+                path, h5_text(why));
         pthread_mutex_unlock(&g_lock);
     }
     if (st != LSA_OK) {
@@ -242,8 +260,8 @@ static lsa_status get_attr(char *buf, size_t n, hid_t obj, const char *name) {
     if (a < 0) return LSA_E_FORMAT;
     hid_t t = H5Aget_type(a), s = H5Aget_space(a);
     size_t size = H5Tget_size(t);
-    bool ok = H5Tget_class(t) == H5T_STRING && H5Tis_variable_str(t) == 0 && size <= n && H5Sget_simple_extent_npoints(s) == 1 &&
-              H5Aread(a, t, buf) >= 0;
+    bool ok = H5Tget_class(t) == H5T_STRING && H5Tis_variable_str(t) == 0 && size <= n &&
+              H5Sget_simple_extent_npoints(s) == 1 && H5Aread(a, t, buf) >= 0;
     if (ok) buf[size < n ? size : n - 1] = 0;
     H5Sclose(s);
     H5Tclose(t);
@@ -271,37 +289,46 @@ bool lsa_h5_has(lsa_h5_reader *r, const char *name) {
     return yes;
 }
 
-static lsa_status find_locked(lsa_h5_set *out, lsa_h5_reader *r, const char *name, lsa_h5_type t, int64_t rows, int64_t cols, lsa_err *err) {
+static lsa_status find_locked(lsa_h5_set *out, lsa_h5_reader *r, const char *name, lsa_h5_type t,
+                              int64_t rows, int64_t cols, lsa_err *err) {
     lsa_status st = LSA_OK;
     char why[160], hex[32] = "";
-    hid_t set = H5I_INVALID_HID, type = H5I_INVALID_HID, want = make_type(t), space = H5I_INVALID_HID, dcpl = H5I_INVALID_HID;
+    hid_t set = H5I_INVALID_HID, type = H5I_INVALID_HID, want = make_type(t), space = H5I_INVALID_HID,
+          dcpl = H5I_INVALID_HID;
     if (!path_exists(r->file, name)) LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is missing", r->path, name);
     set = H5Dopen2(r->file, name, H5P_DEFAULT);
     if (set < 0) LSA_FAIL(LSA_E_FORMAT, "'%s': cannot open dataset '%s': %s", r->path, name, h5_text(why));
     type = H5Dget_type(set);
     space = H5Dget_space(set);
     dcpl = H5Dget_create_plist(set);
-    if (H5Tequal(type, want) <= 0) LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' must be of type %s", r->path, name, type_name(t));
+    if (H5Tequal(type, want) <= 0)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' must be of type %s", r->path, name, type_name(t));
     hsize_t dims[8] = {0};
     int nd = H5Sget_simple_extent_ndims(space);
     if (nd != (cols ? 2 : 1) || H5Sget_simple_extent_dims(space, dims, NULL) != nd)
-        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' has %d dimensions, expected %d", r->path, name, nd, cols ? 2 : 1);
-    if (H5Pget_layout(dcpl) != H5D_CONTIGUOUS) LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is not contiguous", r->path, name);
-    if (dims[0] > INT64_MAX / 4096 || dims[1] > INT64_MAX / 4096) LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is too large", r->path, name);
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' has %d dimensions, expected %d", r->path, name, nd,
+                 cols ? 2 : 1);
+    if (H5Pget_layout(dcpl) != H5D_CONTIGUOUS)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is not contiguous", r->path, name);
+    if (dims[0] > INT64_MAX / 4096 || dims[1] > INT64_MAX / 4096)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is too large", r->path, name);
     out->type = t;
     out->rows = (int64_t)dims[0];
     out->cols = cols ? (int64_t)dims[1] : 0;
     if ((rows >= 0 && rows != out->rows) || (cols > 0 && cols != out->cols))
-        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is [%lld,%lld], expected [%lld,%lld]", r->path, name, (long long)out->rows,
-                 (long long)out->cols, (long long)rows, (long long)cols);
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' is [%lld,%lld], expected [%lld,%lld]", r->path, name,
+                 (long long)out->rows, (long long)out->cols, (long long)rows, (long long)cols);
     int64_t bytes;
-    if (!lsa_mul_i64(out->rows, cols ? out->cols : 1, &bytes) || !lsa_mul_i64(bytes, lsa_h5_type_bytes(t), &bytes))
+    if (!lsa_mul_i64(out->rows, cols ? out->cols : 1, &bytes) ||
+        !lsa_mul_i64(bytes, lsa_h5_type_bytes(t), &bytes))
         LSA_FAIL(LSA_E_FORMAT, "'%s': size of dataset '%s' overflows", r->path, name);
     haddr_t at = H5Dget_offset(set);
     out->offset = bytes ? (int64_t)at : -1;
     if (bytes && (at == HADDR_UNDEF || out->offset < 0 || bytes > r->n_bytes - out->offset))
-        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' reaches beyond the end of the file; it is truncated", r->path, name);
-    if (get_attr(hex, sizeof hex, set, "xxh64") != LSA_OK) LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' has no xxh64 attribute", r->path, name);
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' reaches beyond the end of the file; it is truncated",
+                 r->path, name);
+    if (get_attr(hex, sizeof hex, set, "xxh64") != LSA_OK)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' has no xxh64 attribute", r->path, name);
     LSA_TRY(lsa_unhex64(&out->xxh64, hex, err));
 done:
     if (dcpl >= 0) H5Pclose(dcpl);
@@ -313,7 +340,8 @@ done:
     return st;
 }
 
-lsa_status lsa_h5_find(lsa_h5_set *out, lsa_h5_reader *r, const char *name, lsa_h5_type t, int64_t rows, int64_t cols, lsa_err *err) {
+lsa_status lsa_h5_find(lsa_h5_set *out, lsa_h5_reader *r, const char *name, lsa_h5_type t, int64_t rows,
+                       int64_t cols, lsa_err *err) {
     memset(out, 0, sizeof *out);
     pthread_mutex_lock(&g_lock);
     lsa_status st = find_locked(out, r, name, t, rows, cols, err);
@@ -326,13 +354,17 @@ lsa_status lsa_h5_get_str(char *buf, size_t n, lsa_h5_reader *r, const char *nam
     lsa_status st = get_attr(buf, n, r->file, name);
     H5Eclear2(H5E_DEFAULT);
     pthread_mutex_unlock(&g_lock);
-    if (st != LSA_OK) LSA_RET_FAIL(LSA_E_FORMAT, "'%s': root attribute '%s' is missing or not a short string", r->path, name);
+    if (st != LSA_OK)
+        LSA_RET_FAIL(LSA_E_FORMAT, "'%s': root attribute '%s' is missing or not a short string", r->path,
+                     name);
     return LSA_OK;
 }
 
-/* ---- walking ----------------------------------------------------------------------------------------------- */
+/* ---- walking
+ * ----------------------------------------------------------------------------------------------- */
 
-lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes, int64_t *offset, uint64_t *xxh64, lsa_err *err) {
+lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes, int64_t *offset,
+                           uint64_t *xxh64, lsa_err *err) {
     lsa_status st = LSA_OK;
     char hex[32] = "";
     pthread_mutex_lock(&g_lock);
@@ -343,11 +375,14 @@ lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes,
     hssize_t n = H5Sget_simple_extent_npoints(space);
     size_t w = H5Tget_size(type);
     haddr_t at = H5Dget_offset(set);
-    if (n < 0 || !lsa_mul_i64((int64_t)n, (int64_t)w, n_bytes)) LSA_FAIL(LSA_E_FORMAT, "'%s': size of dataset '%s' is not sane", r->path, name);
+    if (n < 0 || !lsa_mul_i64((int64_t)n, (int64_t)w, n_bytes))
+        LSA_FAIL(LSA_E_FORMAT, "'%s': size of dataset '%s' is not sane", r->path, name);
     *offset = *n_bytes ? (int64_t)at : 0;
     if (*n_bytes && (at == HADDR_UNDEF || *offset < 0 || *n_bytes > r->n_bytes - *offset))
-        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' reaches beyond the end of the file; it is truncated", r->path, name);
-    if (get_attr(hex, sizeof hex, set, "xxh64") != LSA_OK) LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' has no xxh64 attribute", r->path, name);
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' reaches beyond the end of the file; it is truncated",
+                 r->path, name);
+    if (get_attr(hex, sizeof hex, set, "xxh64") != LSA_OK)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': dataset '%s' has no xxh64 attribute", r->path, name);
     LSA_TRY(lsa_unhex64(xxh64, hex, err));
 done:
     if (type >= 0) H5Tclose(type);
@@ -372,7 +407,8 @@ static herr_t collect(hid_t obj, const char *name, const H5O_info_t *info, void 
     return 0;
 }
 
-lsa_status lsa_h5_each(lsa_h5_reader *r, lsa_status (*fn)(void *user, const char *name, lsa_err *err), void *user, lsa_err *err) {
+lsa_status lsa_h5_each(lsa_h5_reader *r, lsa_status (*fn)(void *user, const char *name, lsa_err *err),
+                       void *user, lsa_err *err) {
     lsa_status st = LSA_OK;
     name_list l = {0};
     pthread_mutex_lock(&g_lock);

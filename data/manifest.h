@@ -13,15 +13,16 @@ typedef struct lsa_manifest_shard {
 } lsa_manifest_shard;
 
 typedef struct lsa_manifest {
-    lsa_shards_info info;  /* n_doc, n_token, n_row, n_shard are sums over the sealed shards */
-    bool complete;         /* every document of the run is sealed */
-    json_t *run;           /* options of the dump, owned; what `resume` needs */
+    lsa_shards_info info; /* n_doc, n_token, n_row, n_shard are sums over the sealed shards */
+    bool complete;        /* every document of the run is sealed */
+    json_t *run;          /* options of the dump, owned; what `resume` needs */
     LSA_VEC(lsa_manifest_shard) shard;
 } lsa_manifest;
 
 LSA_NODISCARD lsa_status lsa_manifest_load(lsa_manifest *m, const char *dir, lsa_err *err);
 /* From text (fuzzing, tests). */
-LSA_NODISCARD lsa_status lsa_manifest_parse(lsa_manifest *m, const char *text, size_t n, const char *where, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_manifest_parse(lsa_manifest *m, const char *text, size_t n, const char *where,
+                                            lsa_err *err);
 LSA_NODISCARD lsa_status lsa_manifest_save(const lsa_manifest *m, const char *dir, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_manifest_add(lsa_manifest *m, const lsa_manifest_shard *s, lsa_err *err);
 void lsa_manifest_fini(lsa_manifest *m);

@@ -30,7 +30,10 @@ static lsa_status check_one(void *user, const char *name, lsa_err *err) {
     LSA_TRY(lsa_alloc_((void **)&buf, bytes, 1, name, err));
     if (bytes) LSA_TRY(lsa_pread_all(c->fd, buf, (size_t)bytes, offset, c->path, err));
     if (lsa_xxh64(buf ? buf : "", (size_t)bytes) != want)
-        LSA_FAIL(LSA_E_FORMAT, "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again", c->path, name);
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again",
+            c->path, name);
 done:
     lsa_free(buf);
     return st;
@@ -58,31 +61,38 @@ static lsa_status check_doc(const lsa_shards *s, int64_t doc, lsa_err *err) {
     int64_t *pos = NULL;
     uint16_t *hidden = NULL;
     uint8_t *key = NULL;
+    LSA_TRY(lsa_shards_check_rows(s, doc, err));
     LSA_TRY(lsa_shards_labels(&c, s, doc, err));
     for (int64_t i = 0; i < c.n_row; i++)
         for (int64_t j = c.begin[i]; j < c.begin[i + 1]; j++) {
             if (c.votes[j] < 1 || c.votes[j] > f->n_csa)
-                LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld: %d votes for chunk %d, must be in [1, %d]", (long long)doc, (long long)i, c.votes[j],
-                         c.chunk[j], f->n_csa);
+                LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld: %d votes for chunk %d, must be in [1, %d]",
+                         (long long)doc, (long long)i, c.votes[j], c.chunk[j], f->n_csa);
             if (c.chunk[j] >= lsa_visible(d.first_position + i))
-                LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld: label for chunk %d, which is not visible yet", (long long)doc, (long long)i, c.chunk[j]);
+                LSA_FAIL(LSA_E_FORMAT,
+                         "document %lld, row %lld: label for chunk %d, which is not visible yet",
+                         (long long)doc, (long long)i, c.chunk[j]);
         }
     for (int32_t o = 0; o < f->n_csa; o++) {
         if (f->has_keys[o]) {
             LSA_TRY(lsa_shards_hidden(&pos, &hidden, s, doc, (lsa_csa_ord){o}, err));
             for (int64_t i = 0; i < d.n_hidden; i++)
                 if ((pos[i] + 1) % f->hidden_stride)
-                    LSA_FAIL(LSA_E_FORMAT, "document %lld: hidden vector %lld at position %lld, which is not on the stride of %d", (long long)doc,
-                             (long long)i, (long long)pos[i], f->hidden_stride);
+                    LSA_FAIL(
+                        LSA_E_FORMAT,
+                        "document %lld: hidden vector %lld at position %lld, which is not on the stride of %d",
+                        (long long)doc, (long long)i, (long long)pos[i], f->hidden_stride);
             for (int64_t i = 0; i < d.n_hidden * f->hidden; i++)
                 if (!isfinite(lsa_bf16_to_f32(hidden[i])))
-                    LSA_FAIL(LSA_E_FORMAT, "document %lld: hidden vector %lld of layer c%d is not finite", (long long)doc, (long long)(i / f->hidden), o);
+                    LSA_FAIL(LSA_E_FORMAT, "document %lld: hidden vector %lld of layer c%d is not finite",
+                             (long long)doc, (long long)(i / f->hidden), o);
             LSA_TRY(lsa_shards_keys(&key, s, doc, (lsa_csa_ord){o}, err));
             for (int64_t i = 0; i < d.n_key; i++) {
                 float scale;
                 memcpy(&scale, key + i * LSA_KEY_BYTES + 128, 4);
                 if (!(scale > 0.0f) || !isfinite(scale))
-                    LSA_FAIL(LSA_E_FORMAT, "document %lld: key %lld of layer c%d has scale %g", (long long)doc, (long long)i, o, (double)scale);
+                    LSA_FAIL(LSA_E_FORMAT, "document %lld: key %lld of layer c%d has scale %g",
+                             (long long)doc, (long long)i, o, (double)scale);
             }
             lsa_free(pos), lsa_free(hidden), lsa_free(key);
             pos = NULL, hidden = NULL, key = NULL;
@@ -94,17 +104,40 @@ static lsa_status check_doc(const lsa_shards *s, int64_t doc, lsa_err *err) {
                 double sum = 0;
                 for (int64_t j = c.begin[i]; j < c.begin[i + 1]; j++) {
                     float m = lsa_f16_to_f32(c.mass[j]);
+                    if (c.chunk[j] >= lsa_visible(d.first_position + i))
+                        LSA_FAIL(
+                            LSA_E_FORMAT,
+                            "document %lld, row %lld, layer c%d: chunk %d is selected before it is visible",
+                            (long long)doc, (long long)i, o, c.chunk[j]);
+                    if (!isfinite(lsa_f16_to_f32(c.logit[j])))
+                        LSA_FAIL(LSA_E_FORMAT,
+                                 "document %lld, row %lld, layer c%d: the logit of chunk %d is not finite",
+                                 (long long)doc, (long long)i, o, c.chunk[j]);
                     if (!(m >= 0.0f && m <= 1.0f))
-                        LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld, layer c%d: mass %g is not in [0, 1]", (long long)doc, (long long)i, o, (double)m);
+                        LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld, layer c%d: mass %g is not in [0, 1]",
+                                 (long long)doc, (long long)i, o, (double)m);
                     sum += (double)m;
                 }
                 if (!(sum <= 1.01))
-                    LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld, layer c%d: masses add up to %g", (long long)doc, (long long)i, o, sum);
+                    LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld, layer c%d: masses add up to %g",
+                             (long long)doc, (long long)i, o, sum);
             }
         }
         if (f->has_dense) {
             lsa_csr_fini(&c);
             LSA_TRY(lsa_shards_dense(&c, s, doc, (lsa_csa_ord){o}, err));
+            for (int64_t i = 0; i < c.n_row; i++) {
+                double sum = (double)lsa_f16_to_f32(c.rest[i]);
+                bool late = false;
+                for (int64_t j = c.begin[i]; j < c.begin[i + 1]; j++) {
+                    late = late || c.chunk[j] >= lsa_visible(d.first_position + c.row[i]);
+                    sum += (double)lsa_f16_to_f32(c.mass[j]);
+                }
+                if (late || !(sum >= 0 && sum <= 1.01))
+                    LSA_FAIL(LSA_E_FORMAT, "document %lld, row %lld, layer c%d: dense masses add up to %g%s",
+                             (long long)doc, (long long)c.row[i], o, sum,
+                             late ? " and name a chunk that is not visible" : "");
+            }
         }
     }
 done:
@@ -121,8 +154,8 @@ static int descending(const void *a, const void *b) {
 }
 
 /* One probe row: the stored native logits (fp32 keys) against logits recomputed from the stored fp8 keys. */
-static lsa_status check_probe_row(const float *q, const float *w, int64_t heads, const uint8_t *key, const float *want, int64_t n, const char *where,
-                                  lsa_err *err) {
+static lsa_status check_probe_row(const float *q, const float *w, int64_t heads, const uint8_t *key,
+                                  const float *want, int64_t n, const char *where, lsa_err *err) {
     lsa_status st = LSA_OK;
     float *got = NULL, *sorted = NULL, row[128];
     if (n < 8) return LSA_OK;
@@ -148,8 +181,10 @@ static lsa_status check_probe_row(const float *q, const float *w, int64_t heads,
     }
     double r = aa > 0 && bb > 0 ? ab / sqrt(aa * bb) : 1.0;
     if (!(r >= 0.999))
-        LSA_FAIL(LSA_E_FORMAT, "%s: native logits recomputed from the stored keys correlate only %.5f with the recorded ones (at least 0.999): wrong rotation, RoPE or scale",
-                 where, r);
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "%s: native logits recomputed from the stored keys correlate only %.5f with the recorded ones (at least 0.999): wrong rotation, RoPE or scale",
+            where, r);
     int64_t k = n / 8, both = 0; /* the top eighth must agree, apart from a few at the border */
     memcpy(sorted, got, (size_t)n * sizeof *sorted);
     qsort(sorted, (size_t)n, sizeof *sorted, descending);
@@ -159,15 +194,16 @@ static lsa_status check_probe_row(const float *q, const float *w, int64_t heads,
     float tb = sorted[k - 1];
     for (int64_t s = 0; s < n; s++) both += got[s] >= ta && want[s] >= tb;
     if ((double)both < 0.9 * (double)k)
-        LSA_FAIL(LSA_E_FORMAT, "%s: only %lld of the %lld highest native logits agree with the stored keys", where, (long long)both, (long long)k);
+        LSA_FAIL(LSA_E_FORMAT, "%s: only %lld of the %lld highest native logits agree with the stored keys",
+                 where, (long long)both, (long long)k);
 done:
     lsa_free(got);
     lsa_free(sorted);
     return st;
 }
 
-static lsa_status read_probe(void **out, lsa_h5_reader *h, int fd, const char *path, const char *name, lsa_h5_type t, int64_t *rows, int64_t *cols,
-                             lsa_err *err) {
+static lsa_status read_probe(void **out, lsa_h5_reader *h, int fd, const char *path, const char *name,
+                             lsa_h5_type t, int64_t *rows, int64_t *cols, lsa_err *err) {
     lsa_h5_set set;
     *out = NULL;
     lsa_status st = lsa_h5_find(&set, h, name, t, -1, *cols ? -1 : 0, err);
@@ -180,7 +216,8 @@ static lsa_status read_probe(void **out, lsa_h5_reader *h, int fd, const char *p
     return st;
 }
 
-static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t first_doc, int64_t n_doc, lsa_err *err) {
+static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t first_doc, int64_t n_doc,
+                              lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_shards_info *f = lsa_shards_get_info(s);
     lsa_h5_reader *h = NULL;
@@ -195,8 +232,10 @@ static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t fir
     LSA_TRY(read_probe((void **)&row, h, fd, path, "/probe/row", LSA_H5_I64, &n_probe, &cols, err));
     if (n_probe < 1) goto done;
     int64_t doc = first_doc, base = 0;
-    while (doc < first_doc + n_doc && row[0] >= base + lsa_shards_get_doc(s, doc).n_row) base += lsa_shards_get_doc(s, doc++).n_row;
-    if (doc == first_doc + n_doc || row[0] < 0) LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/row points outside the rows", path);
+    while (doc < first_doc + n_doc && row[0] >= base + lsa_shards_get_doc(s, doc).n_row)
+        base += lsa_shards_get_doc(s, doc++).n_row;
+    if (doc == first_doc + n_doc || row[0] < 0)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/row points outside the rows", path);
     const lsa_shards_doc d = lsa_shards_get_doc(s, doc);
     for (int32_t o = 0; o < f->n_csa; o++) {
         if (!f->has_keys[o]) continue;
@@ -210,10 +249,15 @@ static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t fir
         snprintf(name, sizeof name, "/probe/c%d/logit", o);
         LSA_TRY(read_probe((void **)&logit, h, fd, path, name, LSA_H5_F32, &nl, &cl, err));
         LSA_TRY(lsa_shards_keys(&key, s, doc, (lsa_csa_ord){o}, err));
-        if (nq != n_probe || nw != n_probe || cq != cw * 128) LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/c%d has mismatched shapes", path, o);
+        if (nq != n_probe || nw != n_probe || cq != cw * 128)
+            LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/c%d has mismatched shapes", path, o);
         for (int64_t p = 0; p < n_probe; p++) {
-            int64_t local = row[p] - base, n = lsa_visible(d.first_position + local);
-            if (local < 0 || local >= d.n_row || n > nl - at) LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/c%d row %lld does not fit", path, o, (long long)p);
+            if (row[p] < base || row[p] - base >= d.n_row)
+                LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/row %lld points outside the first document", path,
+                         (long long)p);
+            int64_t n = lsa_visible(d.first_position + row[p] - base);
+            if (n > nl - at)
+                LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/c%d row %lld does not fit", path, o, (long long)p);
             snprintf(where, sizeof where, "'%s': probe %lld of layer c%d", path, (long long)p, o);
             LSA_TRY(check_probe_row(q + p * cq, w + p * cw, cw, key, logit + at, n, where, err));
             at += n;
@@ -239,11 +283,16 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
     for (int64_t i = 0; i < m.shard.len; i++) {
         uint64_t h;
         LSA_TRY(lsa_path(path, err, "%s/%s", dir, m.shard.data[i].file));
-        if (!lsa_exists(path)) LSA_FAIL(LSA_E_FORMAT, "shard '%s' is missing but the manifest lists it; restore it or dump again", path);
+        if (!lsa_exists(path))
+            LSA_FAIL(LSA_E_FORMAT,
+                     "shard '%s' is missing but the manifest lists it; restore it or dump again", path);
         LSA_TRY(lsa_xxh64_file(&h, path, err));
         if (h == m.shard.data[i].xxh64) continue;
         LSA_TRY(lsa_shard_check_hashes(path, err)); /* names the dataset, if one is hit */
-        LSA_FAIL(LSA_E_FORMAT, "shard '%s' does not match the manifest's hash: it was damaged or replaced; delete it and dump again", path);
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "shard '%s' does not match the manifest's hash: it was damaged or replaced; delete it and dump again",
+            path);
     }
     LSA_TRY(lsa_shards_open(&s, dir, err));
     int64_t doc = 0;

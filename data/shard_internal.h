@@ -7,13 +7,19 @@
 
 #define LSA_MAX_PROBE 8
 
+/* What reading does not need but verify checks: positions are consecutive, visible = floor((position+1)/4),
+ * masses of the sliding window and of the sink lie in [0, 1]. */
+LSA_NODISCARD lsa_status lsa_shards_check_rows(const lsa_shards *s, int64_t doc, lsa_err *err);
+
 /* Reads every dataset of one file and compares it with its xxh64 attribute. */
 LSA_NODISCARD lsa_status lsa_shard_check_hashes(const char *path, lsa_err *err);
 
 /* Calls fn for every dataset path of a file, in a fixed order. */
-LSA_NODISCARD lsa_status lsa_h5_each(lsa_h5_reader *r, lsa_status (*fn)(void *user, const char *name, lsa_err *err), void *user,
+LSA_NODISCARD lsa_status lsa_h5_each(lsa_h5_reader *r,
+                                     lsa_status (*fn)(void *user, const char *name, lsa_err *err), void *user,
                                      lsa_err *err);
 /* Like lsa_h5_find, for a dataset of any type and shape: bytes, offset and hash. */
-LSA_NODISCARD lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes, int64_t *offset, uint64_t *xxh64, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes,
+                                         int64_t *offset, uint64_t *xxh64, lsa_err *err);
 
 #endif

@@ -1,5 +1,5 @@
-/* Sealing a shard: documents are laid end to end, column by column. The mistake that would stay silent: a begin array
- * that is not shifted when documents are joined. */
+/* Sealing a shard: documents are laid end to end, column by column. The mistake that would stay silent: a
+ * begin array that is not shifted when documents are joined. */
 #include "data/shard_write.h"
 
 #include <stdio.h>
@@ -20,7 +20,8 @@ void lsa_csr_fini(lsa_csr *c) {
 
 void lsa_doc_stats_fini(lsa_doc_stats *d) {
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) {
-        void *p[] = {d->key[o], d->hidden[o], d->local_mass[o], d->sink_mass[o], d->probe_iq[o], d->probe_iw[o], d->probe_logit[o]};
+        void *p[] = {d->key[o],      d->hidden[o],   d->local_mass[o], d->sink_mass[o],
+                     d->probe_iq[o], d->probe_iw[o], d->probe_logit[o]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
         lsa_csr_fini(&d->stats[o]);
         lsa_csr_fini(&d->dense[o]);
@@ -50,7 +51,8 @@ typedef struct joiner {
 /* Writes `name` as the concatenation of part(d) over the documents. */
 typedef const void *(*part_fn)(const lsa_doc_stats *d, int32_t ord, int64_t *rows);
 
-static lsa_status join(const joiner *j, const char *name, lsa_h5_type t, int64_t cols, part_fn part, int32_t ord) {
+static lsa_status join(const joiner *j, const char *name, lsa_h5_type t, int64_t cols, part_fn part,
+                       int32_t ord) {
     lsa_status st = LSA_OK;
     char *buf = NULL;
     int64_t total = 0, rows, width = lsa_h5_type_bytes(t) * (cols ? cols : 1);
@@ -91,11 +93,11 @@ done:
     return st;
 }
 
-#define PART(fn, expr, count)                                                                                         \
-    static const void *fn(const lsa_doc_stats *d, int32_t o, int64_t *rows) {                                         \
-        (void)o;                                                                                                      \
-        *rows = (count);                                                                                              \
-        return (expr);                                                                                                \
+#define PART(fn, expr, count)                                                                                \
+    static const void *fn(const lsa_doc_stats *d, int32_t o, int64_t *rows) {                                \
+        (void)o;                                                                                             \
+        *rows = (count);                                                                                     \
+        return (expr);                                                                                       \
     }
 PART(part_name, d->name, 1)
 PART(part_n_token, &d->n_token, 1)
@@ -126,7 +128,8 @@ static const lsa_csr *get_dense(const lsa_doc_stats *d, int32_t o) {
 
 static lsa_status write_docs(const joiner *j, const lsa_shards_info *info) {
     lsa_status st = LSA_OK;
-    int64_t *key_begin = NULL, *row_begin = NULL, *position = NULL, *hidden_row = NULL, n_row = 0, n_hidden = 0;
+    int64_t *key_begin = NULL, *row_begin = NULL, *position = NULL, *hidden_row = NULL, n_row = 0,
+            n_hidden = 0;
     int32_t *visible = NULL;
     lsa_err *err = j->err;
     LSA_TRY(LSA_NEW(key_begin, j->n + 1, err));
@@ -154,7 +157,8 @@ static lsa_status write_docs(const joiner *j, const lsa_shards_info *info) {
     LSA_TRY(lsa_h5_write(j->h, "/docs/row_begin", LSA_H5_I64, j->n + 1, 0, row_begin, err));
     LSA_TRY(lsa_h5_write(j->h, "/rows/position", LSA_H5_I64, n_row, 0, position, err));
     LSA_TRY(lsa_h5_write(j->h, "/rows/visible", LSA_H5_I32, n_row, 0, visible, err));
-    LSA_TRY(lsa_h5_write(j->h, "/hidden/row", LSA_H5_I64, n_hidden, 0, hidden_row ? (const void *)hidden_row : "", err));
+    LSA_TRY(lsa_h5_write(j->h, "/hidden/row", LSA_H5_I64, n_hidden, 0,
+                         hidden_row ? (const void *)hidden_row : "", err));
 done:
     lsa_free(key_begin);
     lsa_free(row_begin);
@@ -178,7 +182,8 @@ static lsa_status write_probe(const joiner *j, const lsa_shards_info *info) {
         for (int32_t o = 0; o < info->n_csa; o++) {
             if (!info->has_keys[o]) continue;
             snprintf(name, sizeof name, "/probe/c%d/q", o);
-            LSA_TRY(lsa_h5_write(j->h, name, LSA_H5_F32, d->n_probe, d->probe_heads * 128, d->probe_iq[o], j->err));
+            LSA_TRY(lsa_h5_write(j->h, name, LSA_H5_F32, d->n_probe, d->probe_heads * 128, d->probe_iq[o],
+                                 j->err));
             snprintf(name, sizeof name, "/probe/c%d/w", o);
             LSA_TRY(lsa_h5_write(j->h, name, LSA_H5_F32, d->n_probe, d->probe_heads, d->probe_iw[o], j->err));
             snprintf(name, sizeof name, "/probe/c%d/logit", o);
@@ -193,15 +198,15 @@ done:
 static lsa_status write_layers(const joiner *j, const lsa_shards_info *info) {
     lsa_status st = LSA_OK;
     char name[64];
-#define SET(fmt, type, cols, part)                                                                                    \
-    do {                                                                                                              \
-        snprintf(name, sizeof name, fmt, o);                                                                          \
-        LSA_TRY(join(j, name, type, cols, part, o));                                                                  \
+#define SET(fmt, type, cols, part)                                                                           \
+    do {                                                                                                     \
+        snprintf(name, sizeof name, fmt, o);                                                                 \
+        LSA_TRY(join(j, name, type, cols, part, o));                                                         \
     } while (0)
-#define BEGIN(fmt, get)                                                                                               \
-    do {                                                                                                              \
-        snprintf(name, sizeof name, fmt, o);                                                                          \
-        LSA_TRY(join_begin(j, name, get, o));                                                                         \
+#define BEGIN(fmt, get)                                                                                      \
+    do {                                                                                                     \
+        snprintf(name, sizeof name, fmt, o);                                                                 \
+        LSA_TRY(join_begin(j, name, get, o));                                                                \
     } while (0)
     LSA_TRY(join_begin(j, "/labels/begin", get_labels, 0));
     LSA_TRY(join(j, "/labels/chunk", LSA_H5_I32, 0, part_lab_chunk, 0));
@@ -229,7 +234,8 @@ static lsa_status write_layers(const joiner *j, const lsa_shards_info *info) {
             for (int64_t i = 0; i < j->n; i++) rows += j->d[i].dense[o].n_row;
             LSA_TRY(LSA_NEW(row, rows, j->err));
             for (int64_t i = 0; i < j->n; base += j->d[i++].n_token)
-                for (int64_t r = 0; r < j->d[i].dense[o].n_row; r++) row[at++] = base + j->d[i].dense[o].row[r];
+                for (int64_t r = 0; r < j->d[i].dense[o].n_row; r++)
+                    row[at++] = base + j->d[i].dense[o].row[r];
             snprintf(name, sizeof name, "/dense/c%d/row", o);
             st = lsa_h5_write(j->h, name, LSA_H5_I64, rows, 0, row ? (const void *)row : "", j->err);
             lsa_free(row);
@@ -255,14 +261,17 @@ static lsa_status write_attrs(lsa_h5_writer *h, const lsa_shards_info *f, lsa_er
     lsa_hex64(hash, f->teacher_hash);
     LSA_TRY(lsa_h5_attr_str(h, "/", "teacher_hash", hash, err));
     for (int32_t o = 0; o < f->n_csa && at < sizeof text - 32; o++)
-        at += (size_t)snprintf(text + at, sizeof text - at, "%sc%d:%d:%d", o ? " " : "", o, f->csa_id[o].v, LSA_CHUNK);
+        at += (size_t)snprintf(text + at, sizeof text - at, "%sc%d:%d:%d", o ? " " : "", o, f->csa_id[o].v,
+                               LSA_CHUNK);
     LSA_TRY(lsa_h5_attr_str(h, "/", "layer_map", text, err));
     snprintf(text, sizeof text, "%d", f->hidden);
     LSA_TRY(lsa_h5_attr_str(h, "/", "hidden_size", text, err));
     snprintf(text, sizeof text, "%d", f->hidden_stride);
     LSA_TRY(lsa_h5_attr_str(h, "/", "hidden_stride", text, err));
-    snprintf(text, sizeof text, "dim=%d base=%.17g factor=%.17g original_len=%lld beta_fast=%.17g beta_slow=%.17g", f->rope.dim, f->rope.base,
-             f->rope.factor, (long long)f->rope.original_len, f->rope.beta_fast, f->rope.beta_slow);
+    snprintf(text, sizeof text,
+             "dim=%d base=%.17g factor=%.17g original_len=%lld beta_fast=%.17g beta_slow=%.17g", f->rope.dim,
+             f->rope.base, f->rope.factor, (long long)f->rope.original_len, f->rope.beta_fast,
+             f->rope.beta_slow);
     LSA_TRY(lsa_h5_attr_str(h, "/", "rope", text, err));
     snprintf(text, sizeof text, "top_p=%.17g pool=%d", f->label_top_p, f->label_pool);
     LSA_TRY(lsa_h5_attr_str(h, "/", "label_rule", text, err));
@@ -270,8 +279,8 @@ done:
     return st;
 }
 
-lsa_status lsa_shard_seal(lsa_manifest_shard *out, const char *dir, const char *file, const lsa_shards_info *info, const lsa_doc_stats *docs,
-                          int64_t n, lsa_err *err) {
+lsa_status lsa_shard_seal(lsa_manifest_shard *out, const char *dir, const char *file,
+                          const lsa_shards_info *info, const lsa_doc_stats *docs, int64_t n, lsa_err *err) {
     lsa_status st = LSA_OK;
     char path[LSA_PATH_MAX], tmp[LSA_PATH_MAX + 8];
     lsa_h5_writer *h = NULL;

@@ -1,6 +1,7 @@
 /* lsa-dump: teacher -> shards. */
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "data/dump/run.h"
@@ -11,36 +12,51 @@
 #include "kernels/core/log.h"
 
 /* Options of run and plan; teacher, tokens and out are required. */
-#define DUMP_OPTS(o)                                                                                                                              \
-    {"teacher", "DIR", LSA_OPT_STR, &(o).teacher, "folder with config.json and safetensors"},                                                    \
-        {"tokens", "FILE", LSA_OPT_STR, &(o).tokens, "token ids: .u16, .u32 (little-endian) or .jsonl"},                                          \
-        {"needs", "FILE", LSA_OPT_STR, &(o).needs, "index of planted needs: cuts the documents (planted files always need it)"},                  \
-        {"documents", "A:B", LSA_OPT_STR, &(o).documents, "half-open range of documents, from 0 (default: all)"},                                 \
-        {"top-p", "P", LSA_OPT_F64, &(o).top_p, "votes: smallest prefix of the pool's softmax above this mass (default 0.6)"},                    \
-        {"pool", "N", LSA_OPT_I64, &(o).pool, "votes: how many of the highest native logits form the pool (default: index_topk)"},                \
-        {"hidden-stride", "N", LSA_OPT_I64, &(o).hidden_stride, "keep hidden vectors of every Nth token (default 64; 1 for reference mode)"},     \
-        {"layers", "LIST", LSA_OPT_STR, &(o).layers, "CSA ordinals whose keys and hidden vectors are kept: all, or 0,2 (default all)"},           \
-        {"no-stats", NULL, LSA_OPT_FLAG, &(o).no_stats, "leave out native logits and masses (KL training and captured mass then are refused)"},   \
-        {"dense-every", "N", LSA_OPT_I64, &(o).dense_every, "also the dense mass of every Nth token (default 0: none)"},                          \
-        {"dense-min", "MASS", LSA_OPT_F64, &(o).dense_min, "dense entries below this are summed into 'rest' (default 1e-4)"},                     \
-        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &(o).shard_bytes, "a shard closes at the first document end past this size (default 256M)"},        \
-        {"sim-fp8", NULL, LSA_OPT_FLAG, &(o).sim_fp8, "simulate the fp8 KV cache"},                                                               \
-        {"sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"}
+#define DUMP_OPTS(o)                                                                                         \
+    {"teacher", "DIR", LSA_OPT_STR, &(o).teacher, "folder with config.json and safetensors"},                \
+        {"tokens", "FILE", LSA_OPT_STR, &(o).tokens, "token ids: .u16, .u32 (little-endian) or .jsonl"},     \
+        {"needs", "FILE", LSA_OPT_STR, &(o).needs,                                                           \
+         "index of planted needs: cuts the documents (planted files always need it)"},                       \
+        {"documents", "A:B", LSA_OPT_STR, &(o).documents,                                                    \
+         "half-open range of documents, from 0 (default: all)"},                                             \
+        {"top-p", "P", LSA_OPT_F64, &(o).top_p,                                                              \
+         "votes: smallest prefix of the pool's softmax above this mass (default 0.6)"},                      \
+        {"pool", "N", LSA_OPT_I64, &(o).pool,                                                                \
+         "votes: how many of the highest native logits form the pool (default: index_topk)"},                \
+        {"hidden-stride", "N", LSA_OPT_I64, &(o).hidden_stride,                                              \
+         "keep hidden vectors of every Nth token (default 64; 1 for reference mode)"},                       \
+        {"layers", "LIST", LSA_OPT_STR, &(o).layers,                                                         \
+         "CSA ordinals whose keys and hidden vectors are kept: all, or 0,2 (default all)"},                  \
+        {"no-stats", NULL, LSA_OPT_FLAG, &(o).no_stats,                                                      \
+         "leave out native logits and masses (KL training and captured mass then are refused)"},             \
+        {"dense-every", "N", LSA_OPT_I64, &(o).dense_every,                                                  \
+         "also the dense mass of every Nth token (default 0: none)"},                                        \
+        {"dense-min", "MASS", LSA_OPT_F64, &(o).dense_min,                                                   \
+         "dense entries below this are summed into 'rest' (default 1e-4)"},                                  \
+        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &(o).shard_bytes,                                              \
+         "a shard closes at the first document end past this size (default 256M)"},                          \
+        {"sim-fp8", NULL, LSA_OPT_FLAG, &(o).sim_fp8, "simulate the fp8 KV cache"}, {                        \
+        "sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"                              \
+    }
 
 static lsa_status check_device(const char *device, lsa_err *err) {
     if (device && strcmp(device, "auto") && strcmp(device, "cpu"))
-        LSA_RET_FAIL(LSA_E_DEVICE, "--device %s: the teacher runs on the CPU only in this version; use --device cpu", device);
+        LSA_RET_FAIL(LSA_E_DEVICE,
+                     "--device %s: the teacher runs on the CPU only in this version; use --device cpu",
+                     device);
     return LSA_OK;
 }
 
 static void print_plan_json(const lsa_dump_plan *p) {
-    printf("{\"documents\": %lld, \"tokens\": %lld, \"longest\": %lld, \"disk_bytes\": %lld, \"disk_free\": %lld, \"host_bytes\": %lld, \"tokens_per_s\": %.1f, \"seconds\": %.1f}\n",
-           (long long)p->documents, (long long)p->tokens, (long long)p->longest, (long long)p->disk_bytes, (long long)p->disk_free,
-           (long long)p->host_bytes, p->tokens_per_s, p->seconds);
+    printf(
+        "{\"documents\": %lld, \"tokens\": %lld, \"longest\": %lld, \"disk_bytes\": %lld, \"disk_free\": %lld, \"host_bytes\": %lld, \"tokens_per_s\": %.1f, \"seconds\": %.1f}\n",
+        (long long)p->documents, (long long)p->tokens, (long long)p->longest, (long long)p->disk_bytes,
+        (long long)p->disk_free, (long long)p->host_bytes, p->tokens_per_s, p->seconds);
 }
 
 static lsa_status need_inputs(const lsa_dump_opts *o, const char *out, lsa_err *err) {
-    if (!o->teacher || !o->tokens || !out) LSA_RET_FAIL(LSA_E_ARG, "--teacher, --tokens and --out are required; see --help");
+    if (!o->teacher || !o->tokens || !out)
+        LSA_RET_FAIL(LSA_E_ARG, "--teacher, --tokens and --out are required; see --help");
     return LSA_OK;
 }
 
@@ -48,14 +64,16 @@ static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
     lsa_dump_opts o = lsa_dump_defaults();
     const char *out = NULL, *device = NULL;
     bool dry = false, json = false;
-    const lsa_opt opts[] = {DUMP_OPTS(o),
-                            {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
-                            {"device", "auto|cpu", LSA_OPT_STR, &device, "where the teacher runs (default auto)"},
-                            {"dry-run", NULL, LSA_OPT_FLAG, &dry, "print the plan and stop"},
-                            {"json", NULL, LSA_OPT_FLAG, &json, "print the plan as JSON"},
-                            {0}};
+    const lsa_opt opts[] = {
+        DUMP_OPTS(o),
+        {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
+        {"device", "auto|cpu", LSA_OPT_STR, &device, "where the teacher runs (default auto)"},
+        {"dry-run", NULL, LSA_OPT_FLAG, &dry, "print the plan and stop"},
+        {"json", NULL, LSA_OPT_FLAG, &json, "print the plan as JSON"},
+        {0}};
     lsa_dump_plan plan;
-    lsa_cli_parse("Read documents through the teacher and write what its attention needed.", "", opts, argc, argv, NULL, 0);
+    lsa_cli_parse("Read documents through the teacher and write what its attention needed.", "", opts, argc,
+                  argv, NULL, 0);
     lsa_status st = need_inputs(&o, out, err);
     if (st == LSA_OK) st = check_device(device, err);
     if (st == LSA_OK) st = lsa_dump_run(&o, out, dry, &plan, err);
@@ -67,42 +85,50 @@ static lsa_status cmd_plan(int argc, char **argv, lsa_err *err) {
     lsa_dump_opts o = lsa_dump_defaults();
     const char *out = ".";
     bool json = false;
-    const lsa_opt opts[] = {DUMP_OPTS(o),
-                            {"out", "SHARDS", LSA_OPT_STR, &out, "folder whose disk is checked (default: here)"},
-                            {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
-                            {0}};
+    const lsa_opt opts[] = {
+        DUMP_OPTS(o),
+        {"out", "SHARDS", LSA_OPT_STR, &out, "folder whose disk is checked (default: here)"},
+        {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
+        {0}};
     lsa_dump_plan plan;
-    lsa_cli_parse("Say what a dump will take, from config.json and the documents; nothing is loaded or written.", "", opts, argc, argv, NULL, 0);
+    lsa_cli_parse(
+        "Say what a dump will take, from config.json and the documents; nothing is loaded or written.", "",
+        opts, argc, argv, NULL, 0);
     lsa_status st = need_inputs(&o, out, err);
     if (st == LSA_OK) st = lsa_dump_make_plan(&plan, &o, out, err);
     if (st != LSA_OK) return st;
-    if (json) print_plan_json(&plan);
-    else lsa_dump_print_plan(&plan);
+    if (json)
+        print_plan_json(&plan);
+    else
+        lsa_dump_print_plan(&plan);
     return st;
 }
 
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
     const char *dir;
     const lsa_opt opts[] = {{0}};
-    lsa_cli_parse("Go on with an interrupted dump from its last sealed shard.", "SHARDS", opts, argc, argv, &dir, 1);
+    lsa_cli_parse("Go on with an interrupted dump from its last sealed shard.", "SHARDS", opts, argc, argv,
+                  &dir, 1);
     return lsa_dump_resume(dir, err);
 }
 
 static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
     lsa_synth_opts o = lsa_synth_defaults();
     const char *out = NULL;
-    const lsa_opt opts[] = {{"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
-                            {"docs", "N", LSA_OPT_I64, &o.docs, "documents (default 16)"},
-                            {"tokens", "N", LSA_OPT_I64, &o.tokens, "tokens per document (default 2048)"},
-                            {"layers", "N", LSA_OPT_I64, &o.layers, "CSA layers (default 3)"},
-                            {"hidden", "N", LSA_OPT_I64, &o.hidden, "width of hidden vectors (default 64)"},
-                            {"topics", "N", LSA_OPT_I64, &o.topics, "topics (default 24)"},
-                            {"hidden-stride", "N", LSA_OPT_I64, &o.hidden_stride, "as in run (default 64)"},
-                            {"noise", "SIGMA", LSA_OPT_F64, &o.noise, "noise on keys and hidden vectors (default 0.05)"},
-                            {"shard-bytes", "SIZE", LSA_OPT_SIZE, &o.shard_bytes, "as in run (default 256M)"},
-                            {"seed", "N", LSA_OPT_I64, &o.seed, "seed (default 1)"},
-                            {0}};
-    lsa_cli_parse("Write shards of a made-up teacher whose golden chunks are known (golden.jsonl).", "", opts, argc, argv, NULL, 0);
+    const lsa_opt opts[] = {
+        {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
+        {"docs", "N", LSA_OPT_I64, &o.docs, "documents (default 16)"},
+        {"tokens", "N", LSA_OPT_I64, &o.tokens, "tokens per document (default 2048)"},
+        {"layers", "N", LSA_OPT_I64, &o.layers, "CSA layers (default 3)"},
+        {"hidden", "N", LSA_OPT_I64, &o.hidden, "width of hidden vectors (default 64)"},
+        {"topics", "N", LSA_OPT_I64, &o.topics, "topics (default 24)"},
+        {"hidden-stride", "N", LSA_OPT_I64, &o.hidden_stride, "as in run (default 64)"},
+        {"noise", "SIGMA", LSA_OPT_F64, &o.noise, "noise on keys and hidden vectors (default 0.05)"},
+        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &o.shard_bytes, "as in run (default 256M)"},
+        {"seed", "N", LSA_OPT_I64, &o.seed, "seed (default 1)"},
+        {0}};
+    lsa_cli_parse("Write shards of a made-up teacher whose golden chunks are known (golden.jsonl).", "", opts,
+                  argc, argv, NULL, 0);
     if (!out) LSA_RET_FAIL(LSA_E_ARG, "--out is required; see --help");
     return lsa_synth(&o, out, err);
 }
@@ -110,13 +136,15 @@ static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
     const char *dir;
     const lsa_opt opts[] = {{0}};
-    lsa_cli_parse("Check a shard folder whole: hashes, structure, ranges, and native logits recomputed from the stored keys.", "SHARDS", opts, argc, argv,
-                  &dir, 1);
+    lsa_cli_parse(
+        "Check a shard folder whole: hashes, structure, ranges, and native logits recomputed from the stored keys.",
+        "SHARDS", opts, argc, argv, &dir, 1);
     lsa_manifest m;
     lsa_status st = lsa_shards_verify(dir, err);
     if (st == LSA_OK) st = lsa_manifest_load(&m, dir, err);
     if (st != LSA_OK) return st;
-    printf("ok: %lld shards, %lld documents, %lld tokens%s\n", (long long)m.info.n_shard, (long long)m.info.n_doc, (long long)m.info.n_token,
+    printf("ok: %lld shards, %lld documents, %lld tokens%s\n", (long long)m.info.n_shard,
+           (long long)m.info.n_doc, (long long)m.info.n_token,
            m.complete ? "" : " (incomplete: 'lsa-dump resume' goes on)");
     lsa_manifest_fini(&m);
     return st;
@@ -134,19 +162,31 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < m.shard.len; i++) bytes += m.shard.data[i].bytes;
     if (json) {
-        printf("{\"teacher\": \"%s\", \"complete\": %s, \"shards\": %lld, \"documents\": %lld, \"tokens\": %lld, \"bytes\": %lld, \"csa_layers\": %d, "
-               "\"hidden\": %d, \"hidden_stride\": %d, \"has_stats\": %s, \"has_dense\": %s, \"top_p\": %.17g, \"pool\": %d}\n",
-               f->teacher, m.complete ? "true" : "false", (long long)f->n_shard, (long long)f->n_doc, (long long)f->n_token, (long long)bytes, f->n_csa,
-               f->hidden, f->hidden_stride, f->has_stats ? "true" : "false", f->has_dense ? "true" : "false", f->label_top_p, f->label_pool);
+        json_t *o = json_pack("{s:s, s:b, s:I, s:I, s:I, s:I, s:i, s:i, s:i, s:b, s:b, s:f, s:i}", "teacher",
+                              f->teacher, "complete", m.complete, "shards", (json_int_t)f->n_shard,
+                              "documents", (json_int_t)f->n_doc, "tokens", (json_int_t)f->n_token, "bytes",
+                              (json_int_t)bytes, "csa_layers", f->n_csa, "hidden", f->hidden, "hidden_stride",
+                              f->hidden_stride, "has_stats", f->has_stats, "has_dense", f->has_dense, "top_p",
+                              f->label_top_p, "pool", f->label_pool);
+        char *text = o ? json_dumps(o, 0) : NULL;
+        if (text)
+            puts(text);
+        else
+            st = lsa_err_set(err, LSA_E_NOMEM, __FILE__, __LINE__, "cannot format the description of '%s'",
+                             dir);
+        free(text);
+        json_decref(o);
     } else {
         char hex[17];
         lsa_hex64(hex, f->teacher_hash);
-        printf("teacher    %s (%s)\nstate      %s\nshards     %lld, %.1f MiB\ndocuments  %lld\ntokens     %lld\nhidden     %d wide, every %d tokens\n", f->teacher, hex,
-               m.complete ? "complete" : "incomplete", (long long)f->n_shard, (double)bytes / 0x1p20, (long long)f->n_doc, (long long)f->n_token, f->hidden,
-               f->hidden_stride);
-        printf("votes      top-p %g over the %d highest logits\nstatistics %s%s\nlayers    ", f->label_top_p, f->label_pool, f->has_stats ? "native" : "none",
-               f->has_dense ? " and dense" : "");
-        for (int32_t o = 0; o < f->n_csa; o++) printf(" c%d=%d%s", o, f->csa_id[o].v, f->has_keys[o] ? "" : " (votes only)");
+        printf(
+            "teacher    %s (%s)\nstate      %s\nshards     %lld, %.1f MiB\ndocuments  %lld\ntokens     %lld\nhidden     %d wide, every %d tokens\n",
+            f->teacher, hex, m.complete ? "complete" : "incomplete", (long long)f->n_shard,
+            (double)bytes / 0x1p20, (long long)f->n_doc, (long long)f->n_token, f->hidden, f->hidden_stride);
+        printf("votes      top-p %g over the %d highest logits\nstatistics %s%s\nlayers    ", f->label_top_p,
+               f->label_pool, f->has_stats ? "native" : "none", f->has_dense ? " and dense" : "");
+        for (int32_t o = 0; o < f->n_csa; o++)
+            printf(" c%d=%d%s", o, f->csa_id[o].v, f->has_keys[o] ? "" : " (votes only)");
         printf("\n");
     }
     lsa_manifest_fini(&m);
@@ -154,13 +194,15 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
 }
 
 int main(int argc, char **argv) {
-    static const lsa_subcommand subs[] = {{"run", "read documents through a teacher, write shards", cmd_run},
-                                          {"resume", "go on with an interrupted run", cmd_resume},
-                                          {"synth", "shards of a made-up teacher with known golden chunks", cmd_synth},
-                                          {"plan", "what a run will take", cmd_plan},
-                                          {"verify", "check a shard folder", cmd_verify},
-                                          {"info", "describe a shard folder", cmd_info},
-                                          {0}};
+    static const lsa_subcommand subs[] = {
+        {"run", "read documents through a teacher, write shards", cmd_run},
+        {"resume", "go on with an interrupted run", cmd_resume},
+        {"synth", "shards of a made-up teacher with known golden chunks", cmd_synth},
+        {"plan", "what a run will take", cmd_plan},
+        {"verify", "check a shard folder", cmd_verify},
+        {"info", "describe a shard folder", cmd_info},
+        {0}};
     lsa_h5_init();
-    return lsa_cli_main("lsa-dump", "DeepSeek-V4 attention statistics for training a memory indexer", subs, argc, argv);
+    return lsa_cli_main("lsa-dump", "DeepSeek-V4 attention statistics for training a memory indexer", subs,
+                        argc, argv);
 }

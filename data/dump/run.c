@@ -1,8 +1,8 @@
-/* The dump loop. Invariant: shard boundaries are a function of the documents and options alone, so a run that was killed
- * and resumed writes the same bytes as one that was not.
+/* The dump loop. Invariant: shard boundaries are a function of the documents and options alone, so a run that
+ * was killed and resumed writes the same bytes as one that was not.
  *
- * DURABLE: manifest.json is replaced after each sealed shard; a sealed file that it does not name (killed in between) is
- * simply written again. */
+ * DURABLE: manifest.json is replaced after each sealed shard; a sealed file that it does not name (killed in
+ * between) is simply written again. */
 #include "data/dump/run.h"
 
 #include <dirent.h>
@@ -18,30 +18,41 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "kernels/core/version.h"
 
 #define CHUNK 1024
 
 lsa_dump_opts lsa_dump_defaults(void) {
-    return (lsa_dump_opts){.layers = "all", .top_p = 0.6, .dense_min = 1e-4, .hidden_stride = 64, .shard_bytes = INT64_C(256) << 20};
+    return (lsa_dump_opts){.layers = "all",
+                           .top_p = 0.6,
+                           .dense_min = 1e-4,
+                           .hidden_stride = 64,
+                           .shard_bytes = INT64_C(256) << 20};
 }
 
-/* ---- options <-> manifest ---------------------------------------------------------------------------------- */
+/* ---- options <-> manifest
+ * ---------------------------------------------------------------------------------- */
 
-static json_t *opts_to_json(const lsa_dump_opts *o, const char *const path[3], uint64_t docs_hash, int64_t n_doc) {
+static json_t *opts_to_json(const lsa_dump_opts *o, const char *const path[3], uint64_t docs_hash,
+                            int64_t n_doc) {
     char hex[17];
     lsa_hex64(hex, docs_hash);
-    return json_pack("{s:s, s:s, s:s?, s:s?, s:s, s:f, s:f, s:I, s:I, s:I, s:I, s:b, s:b, s:b, s:s, s:I}", "teacher", path[0], "tokens", path[1],
-                     "needs", path[2], "documents", o->documents, "layers", o->layers, "top_p", o->top_p, "dense_min", o->dense_min, "pool",
-                     (json_int_t)o->pool, "hidden_stride", (json_int_t)o->hidden_stride, "dense_every", (json_int_t)o->dense_every,
-                     "shard_bytes", (json_int_t)o->shard_bytes, "no_stats", o->no_stats, "sim_fp8", o->sim_fp8, "sim_fp4", o->sim_fp4,
-                     "documents_xxh64", hex, "n_documents", (json_int_t)n_doc);
+    return json_pack(
+        "{s:s, s:s, s:s?, s:s?, s:s, s:f, s:f, s:I, s:I, s:I, s:I, s:b, s:b, s:b, s:s, s:s, s:I}", "teacher",
+        path[0], "tokens", path[1], "needs", path[2], "documents", o->documents, "layers", o->layers, "top_p",
+        o->top_p, "dense_min", o->dense_min, "pool", (json_int_t)o->pool, "hidden_stride",
+        (json_int_t)o->hidden_stride, "dense_every", (json_int_t)o->dense_every, "shard_bytes",
+        (json_int_t)o->shard_bytes, "no_stats", o->no_stats, "sim_fp8", o->sim_fp8, "sim_fp4", o->sim_fp4,
+        "lsa_version", lsa_version(), "documents_xxh64", hex, "n_documents", (json_int_t)n_doc);
 }
 
 static lsa_status opts_from_json(lsa_dump_opts *o, const json_t *j, const char *where, lsa_err *err) {
     lsa_status st = LSA_OK;
     *o = lsa_dump_defaults();
     if (!json_is_object(j) || !json_object_get(j, "teacher"))
-        LSA_FAIL(LSA_E_FORMAT, "%s: no 'run' options; these shards were not made by 'lsa-dump run' and cannot be resumed", where);
+        LSA_FAIL(LSA_E_FORMAT,
+                 "%s: no 'run' options; these shards were not made by 'lsa-dump run' and cannot be resumed",
+                 where);
     LSA_TRY(lsa_json_str(&o->teacher, j, "teacher", where, err));
     LSA_TRY(lsa_json_str(&o->tokens, j, "tokens", where, err));
     o->needs = json_string_value(json_object_get(j, "needs"));
@@ -60,7 +71,8 @@ done:
     return st;
 }
 
-static lsa_status make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const lsa_teacher_config *c, lsa_err *err) {
+static lsa_status make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const lsa_teacher_config *c,
+                            lsa_err *err) {
     lsa_status st = LSA_OK;
     memset(r, 0, sizeof *r);
     r->top_p = o->top_p;
@@ -69,13 +81,20 @@ static lsa_status make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const lsa_
     r->stats = !o->no_stats;
     r->dense_every = o->dense_every;
     r->dense_min = o->dense_min;
-    if (!(o->top_p > 0 && o->top_p <= 1)) LSA_FAIL(LSA_E_ARG, "--top-p must be in (0, 1], found %g", o->top_p);
-    if (o->pool < 0 || r->pool > 4096) LSA_FAIL(LSA_E_ARG, "--pool must be in [1, 4096], found %d", r->pool);
-    if (o->hidden_stride < 1 || o->hidden_stride > 65536) LSA_FAIL(LSA_E_ARG, "--hidden-stride must be in [1, 65536], found %lld", (long long)o->hidden_stride);
+    if (!(o->top_p > 0 && o->top_p <= 1))
+        LSA_FAIL(LSA_E_ARG, "--top-p must be in (0, 1], found %g", o->top_p);
+    if (o->pool < 0 || o->pool > 4096 || r->pool < 1 || r->pool > 4096)
+        LSA_FAIL(LSA_E_ARG, "--pool must be in [1, 4096], found %lld",
+                 (long long)(o->pool ? o->pool : c->index_topk));
+    if (o->hidden_stride < 1 || o->hidden_stride > 65536)
+        LSA_FAIL(LSA_E_ARG, "--hidden-stride must be in [1, 65536], found %lld", (long long)o->hidden_stride);
     if (o->dense_every < 0) LSA_FAIL(LSA_E_ARG, "--dense-every must not be negative");
-    if (c->n_csa == 0) LSA_FAIL(LSA_E_UNSUPPORTED, "the teacher has no compressed-sparse-attention layer: there is nothing to index");
+    if (c->n_csa == 0)
+        LSA_FAIL(LSA_E_UNSUPPORTED,
+                 "the teacher has no compressed-sparse-attention layer: there is nothing to index");
     if (c->index_head_dim != 128)
-        LSA_FAIL(LSA_E_UNSUPPORTED, "the teacher's index keys have %d channels; shards hold keys of 128", c->index_head_dim);
+        LSA_FAIL(LSA_E_UNSUPPORTED, "the teacher's index keys have %d channels; shards hold keys of 128",
+                 c->index_head_dim);
     if (!strcmp(o->layers, "all")) {
         for (int32_t i = 0; i < c->n_csa; i++) r->has_keys[i] = true;
         goto done;
@@ -84,7 +103,8 @@ static lsa_status make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const lsa_
         char *end;
         long v = strtol(p, &end, 10);
         if (end == p || v < 0 || v >= c->n_csa || (*end && *end != ','))
-            LSA_FAIL(LSA_E_ARG, "--layers '%s': expected 'all' or CSA ordinals in [0, %d], comma between", o->layers, c->n_csa - 1);
+            LSA_FAIL(LSA_E_ARG, "--layers '%s': expected 'all' or CSA ordinals in [0, %d], comma between",
+                     o->layers, c->n_csa - 1);
         r->has_keys[v] = true;
         p = *end ? end + 1 : end;
     }
@@ -92,34 +112,45 @@ done:
     return st;
 }
 
-/* ---- plan -------------------------------------------------------------------------------------------------- */
+/* ---- plan
+ * -------------------------------------------------------------------------------------------------- */
 
-static void fill_plan(lsa_dump_plan *p, const lsa_docs *d, const lsa_teacher_config *c, const lsa_dump_rule *r) {
+static void fill_plan(lsa_dump_plan *p, const lsa_docs *d, const lsa_teacher_config *c,
+                      const lsa_dump_rule *r) {
     p->documents = lsa_docs_count(d);
     p->tokens = lsa_docs_tokens(d);
-    for (int64_t i = 0; i < p->documents; i++) p->longest = lsa_max_i64(p->longest, lsa_docs_at(d, i)->n_token);
+    for (int64_t i = 0; i < p->documents; i++)
+        p->longest = lsa_max_i64(p->longest, lsa_docs_at(d, i)->n_token);
     int64_t keyed = 0, per_row = 12 + 8 + 5 * c->n_csa * lsa_min_i64(r->pool, c->index_topk) / 2;
     for (int32_t o = 0; o < c->n_csa; o++) keyed += r->has_keys[o];
     if (r->stats) per_row += (12 + 8 * (int64_t)c->index_topk) * c->n_csa;
-    p->disk_bytes = p->tokens * per_row + p->tokens * keyed * LSA_KEY_BYTES / LSA_CHUNK + p->tokens / r->hidden_stride * keyed * c->hidden * 2;
+    p->disk_bytes = p->tokens * per_row + p->tokens * keyed * LSA_KEY_BYTES / LSA_CHUNK +
+                    p->tokens / r->hidden_stride * keyed * c->hidden * 2;
     if (r->dense_every) p->disk_bytes += p->tokens / r->dense_every * c->n_csa * 2048 * 6;
-    /* one document's gathered rows, the session's rows, the open shard twice (gathered, then joined column by column) */
+    /* one document's gathered rows, the session's rows, the open shard twice (gathered, then joined column by
+     * column) */
     p->host_bytes = p->longest * c->n_csa * (4 * (int64_t)r->pool + 8 * (int64_t)c->index_topk) +
                     p->longest / LSA_CHUNK * c->n_csa * 4 * (c->head_dim + 128) + (INT64_C(512) << 20);
 }
 
 void lsa_dump_print_plan(const lsa_dump_plan *p) {
-    lsa_info("plan: %lld documents, %lld tokens, longest %lld; at most %.2f GiB on disk (%.1f GiB free), about %.1f GiB of host memory", (long long)p->documents,
-             (long long)p->tokens, (long long)p->longest, (double)p->disk_bytes / 0x1p30, (double)p->disk_free / 0x1p30, (double)p->host_bytes / 0x1p30);
+    lsa_info(
+        "plan: %lld documents, %lld tokens, longest %lld; at most %.2f GiB on disk (%.1f GiB free), about %.1f GiB of host memory",
+        (long long)p->documents, (long long)p->tokens, (long long)p->longest, (double)p->disk_bytes / 0x1p30,
+        (double)p->disk_free / 0x1p30, (double)p->host_bytes / 0x1p30);
     if (p->tokens_per_s > 0)
-        lsa_info("plan: %.0f tokens/s measured on the first tokens, about %.0f s in all (long documents are slower)", p->tokens_per_s, p->seconds);
+        lsa_info(
+            "plan: %.0f tokens/s measured on the first tokens, about %.0f s in all (long documents are slower)",
+            p->tokens_per_s, p->seconds);
 }
 
 static lsa_status check_disk(lsa_dump_plan *p, const char *out, lsa_err *err) {
     lsa_status st = lsa_disk_free(&p->disk_free, out, err);
     if (st == LSA_OK && p->disk_bytes > p->disk_free)
-        LSA_RET_FAIL(LSA_E_NOSPC, "the dump may need %.2f GiB, '%s' has %.2f GiB free; take fewer --documents, a larger --hidden-stride, --no-stats, or another disk",
-                     (double)p->disk_bytes / 0x1p30, out, (double)p->disk_free / 0x1p30);
+        LSA_RET_FAIL(
+            LSA_E_NOSPC,
+            "the dump may need %.2f GiB, '%s' has %.2f GiB free; take fewer --documents, a larger --hidden-stride, --no-stats, or another disk",
+            (double)p->disk_bytes / 0x1p30, out, (double)p->disk_free / 0x1p30);
     return st;
 }
 
@@ -141,7 +172,8 @@ done:
     return st;
 }
 
-/* ---- the loop ---------------------------------------------------------------------------------------------- */
+/* ---- the loop
+ * ---------------------------------------------------------------------------------------------- */
 
 typedef struct dump {
     const lsa_dump_opts *o;
@@ -182,8 +214,8 @@ static lsa_status one_document(dump *d, const lsa_doc *doc, lsa_err *err) {
     for (int64_t t = 0; t < doc->n_token; t += CHUNK) {
         const int64_t n = lsa_min_i64(CHUNK, doc->n_token - t);
         if (lsa_stop_requested())
-            LSA_FAIL(LSA_E_INTERRUPTED, "stopped after %lld of %lld documents; 'lsa-dump resume %s' goes on", (long long)d->m.info.n_doc,
-                     (long long)lsa_docs_count(d->docs), d->out);
+            LSA_FAIL(LSA_E_INTERRUPTED, "stopped after %lld of %lld documents; 'lsa-dump resume %s' goes on",
+                     (long long)d->m.info.n_doc, (long long)lsa_docs_count(d->docs), d->out);
         LSA_TRY(lsa_session_forward(d->session, doc->token + t, n, NULL, false, &taps, err));
         d->done_tokens += n;
         lsa_progress_update(&d->progress, (double)d->done_tokens, NULL);
@@ -247,7 +279,8 @@ static lsa_status clean(const dump *d, lsa_err *err) {
         bool junk = n > 4 && !strcmp(e->d_name + n - 4, ".tmp");
         if (!strncmp(e->d_name, "shard_", 6) && n > 3 && !strcmp(e->d_name + n - 3, ".h5")) {
             junk = true;
-            for (int64_t i = 0; i < d->m.shard.len; i++) junk = junk && strcmp(e->d_name, d->m.shard.data[i].file);
+            for (int64_t i = 0; i < d->m.shard.len; i++)
+                junk = junk && strcmp(e->d_name, d->m.shard.data[i].file);
         }
         if (!junk) continue;
         char path[LSA_PATH_MAX];
@@ -262,6 +295,9 @@ done:
 static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t n_doc = lsa_docs_count(d->docs), first = d->m.info.n_doc;
+    if (first > n_doc)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': the manifest has %lld documents sealed, the input has %lld", d->out,
+                 (long long)first, (long long)n_doc);
     lsa_session_opts so = {.max_tokens = plan->longest, .chunk = CHUNK};
     LSA_TRY(lsa_session_create(&d->session, d->engine, &so, err));
     for (int64_t i = 0; i < first; i++) d->done_tokens += lsa_docs_at(d->docs, i)->n_token;
@@ -277,7 +313,8 @@ static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     d->m.complete = true;
     LSA_TRY(lsa_manifest_save(&d->m, d->out, err));
     lsa_progress_end(&d->progress);
-    lsa_info("sealed %lld shards: %lld documents, %lld tokens", (long long)d->m.shard.len, (long long)d->m.info.n_doc, (long long)d->m.info.n_token);
+    lsa_info("sealed %lld shards: %lld documents, %lld tokens", (long long)d->m.shard.len,
+             (long long)d->m.info.n_doc, (long long)d->m.info.n_token);
 done:
     return st;
 }
@@ -297,20 +334,41 @@ static lsa_status absolute(char out[LSA_PATH_MAX], const char *path, lsa_err *er
     return LSA_OK;
 }
 
-lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, lsa_dump_plan *plan, lsa_err *err) {
+/* A folder that `run` may fill: no manifest, and no shards that lost theirs (they would be taken for
+ * garbage). */
+static lsa_status check_fresh(const char *out, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char path[LSA_PATH_MAX];
+    DIR *dir = NULL;
+    LSA_TRY(lsa_path(path, err, "%s/manifest.json", out));
+    if (lsa_exists(path)) {
+        lsa_manifest old;
+        LSA_TRY(lsa_manifest_load(&old, out, err));
+        const bool complete = old.complete;
+        lsa_manifest_fini(&old);
+        LSA_FAIL(LSA_E_ARG,
+                 complete ? "'%s' already holds a complete dump; choose another --out or delete it"
+                          : "'%s' holds a dump that was interrupted; 'lsa-dump resume' goes on with it",
+                 out);
+    }
+    dir = opendir(out);
+    for (struct dirent *e; dir && (e = readdir(dir));)
+        if (!strncmp(e->d_name, "shard_", 6))
+            LSA_FAIL(LSA_E_ARG, "'%s' holds '%s' but no manifest.json; choose another --out or delete it",
+                     out, e->d_name);
+done:
+    if (dir) closedir(dir);
+    return st;
+}
+
+lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, lsa_dump_plan *plan,
+                        lsa_err *err) {
     lsa_status st = LSA_OK;
     dump d = {.o = o, .out = out};
     int lock = -1;
-    char path[LSA_PATH_MAX], abs[3][LSA_PATH_MAX];
+    char abs[3][LSA_PATH_MAX];
     memset(plan, 0, sizeof *plan);
-    LSA_TRY(lsa_path(path, err, "%s/manifest.json", out));
-    if (!dry_run && lsa_exists(path)) {
-        lsa_manifest old;
-        bool complete = lsa_manifest_load(&old, out, NULL) == LSA_OK && old.complete;
-        lsa_manifest_fini(&old);
-        LSA_FAIL(LSA_E_ARG, complete ? "'%s' already holds a complete dump; choose another --out or delete it" : "'%s' holds a dump that was interrupted; 'lsa-dump resume' goes on with it",
-                 out);
-    }
+    if (!dry_run) LSA_TRY(check_fresh(out, err));
     LSA_TRY(absolute(abs[0], o->teacher, err));
     LSA_TRY(absolute(abs[1], o->tokens, err));
     if (o->needs) LSA_TRY(absolute(abs[2], o->needs, err));
@@ -323,9 +381,13 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, l
     }
     LSA_TRY(lsa_mkdirs(out, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
+    LSA_TRY(check_fresh(out, err)); /* again, now that nobody else can start */
     fill_info(&d.m.info, &d);
     const char *const paths[3] = {abs[0], abs[1], o->needs ? abs[2] : NULL};
     d.m.run = opts_to_json(o, paths, lsa_docs_hash(d.docs), lsa_docs_count(d.docs));
+    if (!d.m.run)
+        LSA_FAIL(LSA_E_ARG,
+                 "the paths of teacher, tokens and needs must be UTF-8, so that resume finds them");
     LSA_TRY(lsa_manifest_save(&d.m, out, err));
     LSA_TRY(loop(&d, plan, err));
 done:
@@ -342,8 +404,11 @@ lsa_status lsa_dump_resume(const char *out, lsa_err *err) {
     int lock = -1;
     char hex[17];
     const char *want;
-    LSA_TRY(lsa_manifest_load(&d.m, out, err));
+    LSA_TRY(
+        lsa_manifest_load(&d.m, out, err)); /* says it is a dump at all, before a lock file is made in it */
     LSA_TRY(lsa_lock_dir(&lock, out, err));
+    lsa_manifest_fini(&d.m);
+    LSA_TRY(lsa_manifest_load(&d.m, out, err)); /* the state that nobody else can change any more */
     if (d.m.complete) {
         lsa_info("'%s' is complete: nothing to resume", out);
         goto done;
@@ -352,9 +417,12 @@ lsa_status lsa_dump_resume(const char *out, lsa_err *err) {
     LSA_TRY(open_inputs(&d, err));
     LSA_TRY(lsa_json_str(&want, d.m.run, "documents_xxh64", out, err));
     lsa_hex64(hex, lsa_docs_hash(d.docs));
-    if (strcmp(hex, want)) LSA_FAIL(LSA_E_FORMAT, "the documents in '%s' changed since the dump began; start a new dump", o.tokens);
+    if (strcmp(hex, want))
+        LSA_FAIL(LSA_E_FORMAT, "the documents in '%s' changed since the dump began; start a new dump",
+                 o.tokens);
     if (lsa_teacher_hash(lsa_engine_teacher(d.engine)) != d.m.info.teacher_hash)
-        LSA_FAIL(LSA_E_FORMAT, "the teacher in '%s' changed since the dump began; start a new dump", o.teacher);
+        LSA_FAIL(LSA_E_FORMAT, "the teacher in '%s' changed since the dump began; start a new dump",
+                 o.teacher);
     fill_plan(&plan, d.docs, lsa_engine_config(d.engine), &d.rule);
     plan.disk_free = 0;
     LSA_TRY(lsa_disk_free(&plan.disk_free, out, err));

@@ -14,8 +14,15 @@
 enum { WINDOW = 64, CONTENT = 64 }; /* content lives in the channels that RoPE leaves alone */
 
 lsa_synth_opts lsa_synth_defaults(void) {
-    return (lsa_synth_opts){.docs = 16, .tokens = 2048, .layers = 3, .hidden = 64, .topics = 24, .hidden_stride = 64,
-                            .shard_bytes = INT64_C(256) << 20, .seed = 1, .noise = 0.05};
+    return (lsa_synth_opts){.docs = 16,
+                            .tokens = 2048,
+                            .layers = 3,
+                            .hidden = 64,
+                            .topics = 24,
+                            .hidden_stride = 64,
+                            .shard_bytes = INT64_C(256) << 20,
+                            .seed = 1,
+                            .noise = 0.05};
 }
 
 static float normal(lsa_rng *r) {
@@ -62,7 +69,8 @@ done:
     return st;
 }
 
-/* Statistics of token t: the golden chunks share 0.8 of the mass, two stray chunks 0.1; each layer misses some golden ones. */
+/* Statistics of token t: the golden chunks share 0.8 of the mass, two stray chunks 0.1; each layer misses
+ * some golden ones. */
 static lsa_status token_rows(const maker *m, lsa_doc_stats *d, int64_t doc, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_synth_opts *o = m->o;
@@ -83,7 +91,8 @@ static lsa_status token_rows(const maker *m, lsa_doc_stats *d, int64_t doc, lsa_
     }
     int64_t cap[LSA_MAX_CSA][3] = {{0}};
     for (int64_t t = 0; t < n; t++) {
-        const int64_t vis = lsa_visible(t), want = window_topic(m, doc, t / WINDOW), start = t / WINDOW * WINDOW / LSA_CHUNK;
+        const int64_t vis = lsa_visible(t), want = window_topic(m, doc, t / WINDOW),
+                      start = t / WINDOW * WINDOW / LSA_CHUNK;
         lsa_rng r = lsa_rng_make(lsa_mix64((uint64_t)o->seed, 13), lsa_mix64((uint64_t)doc, (uint64_t)t));
         int64_t stray[2] = {-1, -1};
         for (int i = 0; i < 2 && vis > 0; i++) stray[i] = (int64_t)lsa_rng_below(&r, (uint64_t)vis);
@@ -94,12 +103,16 @@ static lsa_status token_rows(const maker *m, lsa_doc_stats *d, int64_t doc, lsa_
             if (!gold && !odd) continue;
             uint8_t v = 0;
             for (int32_t l = 0; l < o->layers; l++) {
-                if (gold ? lsa_rng_below(&r, 8) == 0 : l != 0) continue; /* a layer overlooks one golden chunk in eight */
+                if (gold ? lsa_rng_below(&r, 8) == 0 : l != 0)
+                    continue; /* a layer overlooks one golden chunk in eight */
                 v++;
                 lsa_csr *s = &d->stats[l];
-                LSA_TRY(lsa_grow_((void **)&s->chunk, &cap[l][0], s->n_entry + 1, sizeof *s->chunk, "stats", err));
-                LSA_TRY(lsa_grow_((void **)&s->logit, &cap[l][1], s->n_entry + 1, sizeof *s->logit, "stats", err));
-                LSA_TRY(lsa_grow_((void **)&s->mass, &cap[l][2], s->n_entry + 1, sizeof *s->mass, "stats", err));
+                LSA_TRY(lsa_grow_((void **)&s->chunk, &cap[l][0], s->n_entry + 1, sizeof *s->chunk, "stats",
+                                  err));
+                LSA_TRY(lsa_grow_((void **)&s->logit, &cap[l][1], s->n_entry + 1, sizeof *s->logit, "stats",
+                                  err));
+                LSA_TRY(
+                    lsa_grow_((void **)&s->mass, &cap[l][2], s->n_entry + 1, sizeof *s->mass, "stats", err));
                 s->chunk[s->n_entry] = (int32_t)c;
                 s->logit[s->n_entry] = lsa_f32_to_f16(gold ? 4.0f : 0.5f);
                 s->mass[s->n_entry++] = lsa_f32_to_f16(gold ? 0.8f / (float)n_gold : 0.05f);
@@ -152,7 +165,8 @@ static lsa_status make_doc(const maker *m, lsa_doc_stats *d, int64_t doc, lsa_er
         for (int64_t i = 0; i < d->n_hidden; i++) {
             const int64_t pos = (i + 1) * o->hidden_stride - 1;
             const float *t = m->topic_hidden + window_topic(m, doc, (pos + 1) / WINDOW) * o->hidden;
-            for (int64_t j = 0; j < o->hidden; j++) d->hidden[l][i * o->hidden + j] = lsa_f32_to_bf16(t[j] + (float)o->noise * normal(&r));
+            for (int64_t j = 0; j < o->hidden; j++)
+                d->hidden[l][i * o->hidden + j] = lsa_f32_to_bf16(t[j] + (float)o->noise * normal(&r));
         }
     }
     LSA_TRY(token_rows(m, d, doc, err));
@@ -193,12 +207,13 @@ static lsa_status check_opts(const lsa_synth_opts *o, lsa_err *err) {
     const struct {
         const char *name;
         int64_t v, lo, hi;
-    } range[] = {{"--docs", o->docs, 1, 1 << 20},     {"--tokens", o->tokens, 1, 1 << 20},          {"--layers", o->layers, 1, LSA_MAX_CSA},
-                 {"--hidden", o->hidden, 1, 1 << 16}, {"--topics", o->topics, 1, 4096}, {"--hidden-stride", o->hidden_stride, 1, 65536}};
+    } range[] = {{"--docs", o->docs, 1, 1 << 20},         {"--tokens", o->tokens, 1, 1 << 20},
+                 {"--layers", o->layers, 1, LSA_MAX_CSA}, {"--hidden", o->hidden, 1, 1 << 16},
+                 {"--topics", o->topics, 1, 4096},        {"--hidden-stride", o->hidden_stride, 1, 65536}};
     for (size_t i = 0; i < sizeof range / sizeof *range; i++)
         if (range[i].v < range[i].lo || range[i].v > range[i].hi)
-            LSA_RET_FAIL(LSA_E_ARG, "%s must be in [%lld, %lld], found %lld", range[i].name, (long long)range[i].lo, (long long)range[i].hi,
-                         (long long)range[i].v);
+            LSA_RET_FAIL(LSA_E_ARG, "%s must be in [%lld, %lld], found %lld", range[i].name,
+                         (long long)range[i].lo, (long long)range[i].hi, (long long)range[i].v);
     return LSA_OK;
 }
 
@@ -211,7 +226,8 @@ lsa_status lsa_synth(const lsa_synth_opts *o, const char *out, lsa_err *err) {
     char path[LSA_PATH_MAX];
     LSA_TRY(check_opts(o, err));
     LSA_TRY(lsa_path(path, err, "%s/manifest.json", out));
-    if (lsa_exists(path)) LSA_FAIL(LSA_E_ARG, "'%s' already holds shards; choose another --out or delete it", out);
+    if (lsa_exists(path))
+        LSA_FAIL(LSA_E_ARG, "'%s' already holds shards; choose another --out or delete it", out);
     LSA_TRY(lsa_mkdirs(out, err));
     LSA_TRY(maker_init(&mk, err));
     lsa_shards_info *f = &m.info;
@@ -225,7 +241,8 @@ lsa_status lsa_synth(const lsa_synth_opts *o, const char *out, lsa_err *err) {
         f->has_keys[l] = true;
     }
     f->has_stats = true;
-    f->rope = (lsa_rope){.dim = 64, .base = 160000, .factor = 16, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
+    f->rope = (lsa_rope){
+        .dim = 64, .base = 160000, .factor = 16, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
     f->label_top_p = 0.6;
     f->label_pool = 64;
     for (int64_t d = 0; d < o->docs; d++) {

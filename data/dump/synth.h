@@ -1,9 +1,10 @@
 /* A made-up teacher whose golden chunks are known: shards to test and to take first steps with.
  *
- * Every chunk has a topic. The last token before each window of 64 announces a topic in its hidden vector; the window's tokens
- * then need exactly the older chunks of that topic. Key rows hold a fixed linear image of the topic in their non-rotary
- * channels, Hadamard-rotated and fp8-coded as real ones. Topics are spread evenly, so recency cannot solve it.
- * With hidden_stride 1 token t carries the topic of the window that holds token t+1. */
+ * Every chunk has a topic. The last token before each window of 64 announces a topic in its hidden vector;
+ * the window's tokens then need exactly the older chunks of that topic. Key rows hold a fixed linear image of
+ * the topic in their non-rotary channels, Hadamard-rotated and fp8-coded as real ones. Topics are spread
+ * evenly, so recency cannot solve it. With hidden_stride 1 token t carries the topic of the window that holds
+ * token t+1. */
 #ifndef LSA_DATA_DUMP_SYNTH_H
 #define LSA_DATA_DUMP_SYNTH_H
 

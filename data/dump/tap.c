@@ -1,6 +1,8 @@
-/* Taps: callbacks write into slots of their own (layer, position), so worker threads never meet; order is made afterwards.
+/* Taps: callbacks write into slots of their own (layer, position), so worker threads never meet; order is
+ * made afterwards.
  *
- * The mistake that would stay silent: storing hidden vectors of the wrong position (the query of window s is s-1). */
+ * The mistake that would stay silent: storing hidden vectors of the wrong position (the query of window s is
+ * s-1). */
 #include "data/dump/tap.h"
 
 #include <stdatomic.h>
@@ -23,14 +25,14 @@ typedef struct dense_row {
 } dense_row;
 
 typedef struct layer_slots {
-    int32_t *sel;                /* [n_token, cap] */
-    uint16_t *logit, *mass;      /* same */
-    int32_t *n_sel;              /* [n_token] */
-    int32_t *vote, *n_vote;      /* [n_token, pool], [n_token] */
-    uint16_t *local, *sink;      /* [n_token] */
-    uint16_t *hidden;            /* [n_hidden, d] */
-    dense_row *dense;            /* [n_dense] */
-    float *iq, *iw, *plogit;     /* probes */
+    int32_t *sel;            /* [n_token, cap] */
+    uint16_t *logit, *mass;  /* same */
+    int32_t *n_sel;          /* [n_token] */
+    int32_t *vote, *n_vote;  /* [n_token, pool], [n_token] */
+    uint16_t *local, *sink;  /* [n_token] */
+    uint16_t *hidden;        /* [n_hidden, d] */
+    dense_row *dense;        /* [n_dense] */
+    float *iq, *iw, *plogit; /* probes */
 } layer_slots;
 
 struct lsa_tap_state {
@@ -110,7 +112,7 @@ static void on_csa(void *user, const lsa_tap_csa *a) {
         const int64_t h = t->c->index_n_head;
         memcpy(l->iq + i * h * 128, a->iq, (size_t)(h * 128) * sizeof(float));
         memcpy(l->iw + i * h, a->iw, (size_t)h * sizeof(float));
-        memcpy(l->plogit + t->probe_at[i], a->logit, (size_t)a->n_visible * sizeof(float));
+        if (a->n_visible) memcpy(l->plogit + t->probe_at[i], a->logit, (size_t)a->n_visible * sizeof(float));
     }
 }
 
@@ -123,7 +125,8 @@ lsa_taps lsa_tap_callbacks(lsa_tap_state *t) {
     return (lsa_taps){.user = t, .csa = on_csa, .want_dense = on_want_dense};
 }
 
-lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const lsa_dump_rule *rule, int64_t n_token, bool probe, lsa_err *err) {
+lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const lsa_dump_rule *rule,
+                         int64_t n_token, bool probe, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_tap_state *t = NULL;
     *out = NULL;
@@ -138,7 +141,8 @@ lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const
         t->probe[0] = n_token / 2;
         t->probe[1] = n_token - 1;
         t->n_probe = t->probe[0] < t->probe[1] ? 2 : 1;
-        for (int64_t i = 0; i < t->n_probe; i++) t->probe_at[i + 1] = t->probe_at[i] + lsa_visible(t->probe[i]);
+        for (int64_t i = 0; i < t->n_probe; i++)
+            t->probe_at[i + 1] = t->probe_at[i] + lsa_visible(t->probe[i]);
     }
     for (int32_t o = 0; o < c->n_csa; o++) {
         layer_slots *l = &t->layer[o];
@@ -174,7 +178,8 @@ void lsa_tap_end(lsa_tap_state *t) {
             lsa_free(l->dense[i].chunk);
             lsa_free(l->dense[i].mass);
         }
-        void *p[] = {l->sel, l->logit, l->mass, l->n_sel, l->vote, l->n_vote, l->local, l->sink, l->hidden, l->dense, l->iq, l->iw, l->plogit};
+        void *p[] = {l->sel,  l->logit,  l->mass,  l->n_sel, l->vote, l->n_vote, l->local,
+                     l->sink, l->hidden, l->dense, l->iq,    l->iw,   l->plogit};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     }
     lsa_free(t);
@@ -218,7 +223,8 @@ static lsa_status make_labels(lsa_csr *c, const lsa_tap_state *t, lsa_err *err) 
     c->n_entry = c->begin[t->n_token];
     LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
     LSA_TRY(LSA_NEW(c->votes, c->n_entry, err));
-    for (int64_t r = 0; r < t->n_token && c->n_entry; r++) merge_votes(t, r, c->chunk + c->begin[r], c->votes + c->begin[r]);
+    for (int64_t r = 0; r < t->n_token && c->n_entry; r++)
+        merge_votes(t, r, c->chunk + c->begin[r], c->votes + c->begin[r]);
 done:
     return st;
 }
@@ -268,10 +274,12 @@ done:
 
 #define TAKE(dst, src) ((dst) = (src), (src) = NULL)
 
-lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc, lsa_err *err) {
+lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc,
+                          lsa_err *err) {
     lsa_status st = LSA_OK;
     memset(out, 0, sizeof *out);
-    if (atomic_load(&t->failed)) LSA_FAIL(LSA_E_NOMEM, "document '%s': out of memory while gathering statistics", doc->name);
+    if (atomic_load(&t->failed))
+        LSA_FAIL(LSA_E_NOMEM, "document '%s': out of memory while gathering statistics", doc->name);
     snprintf(out->name, sizeof out->name, "%s", doc->name);
     out->n_token = t->n_token;
     out->n_key = t->n_token / LSA_CHUNK;

@@ -1,4 +1,5 @@
-/* Votes: see votes.h. NUMERIC: the running sum is in double, so that the prefix does not depend on vector width. */
+/* Votes: see votes.h. NUMERIC: the running sum is in double, so that the prefix does not depend on vector
+ * width. */
 #include "data/dump/votes.h"
 
 #include <math.h>
