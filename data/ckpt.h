@@ -1,9 +1,10 @@
 /* Checkpoints: directories ckpt/step_NNNNNNNN that are complete or absent. Format: data/CHECKPOINT_FORMAT.md.
  *
- * model.safetensors (fp32 masters, exported names, geometry in the metadata), optional optim.safetensors (moments m and
- * v, names "m.<tensor>", "v.<tensor>"), state.json, MANIFEST.json with sizes and XXH64. DURABLE: written in a
- * "*.tmp" directory, files fsynced, read back and compared with the hashes, directory renamed, parent fsynced. `latest` and `best`
- * are small files that name a step directory, replaced atomically. */
+ * model.safetensors (fp32 masters, exported names, geometry in the metadata), optional optim.safetensors
+ * (moments m and v, names "m.<tensor>", "v.<tensor>"), state.json, MANIFEST.json with sizes and XXH64.
+ * DURABLE: written in a
+ * "*.tmp" directory, files fsynced, read back and compared with the hashes, directory renamed, parent
+ * fsynced. `latest` and `best` are small files that name a step directory, replaced atomically. */
 #ifndef LSA_DATA_CKPT_H
 #define LSA_DATA_CKPT_H
 
@@ -12,18 +13,20 @@
 #include "kernels/core/lsa_status.h"
 #include "kernels/model/indexer.h"
 
-/* Saves RUN/ckpt/step_{step} and points RUN/ckpt/latest at it; set_best also RUN/ckpt/best. params, m, v are host arrays
- * in the flat order of the parameter table; m and v may be NULL (import). state: borrowed; keys step, epoch, index, ...
- * Refuses non-finite parameters (LSA_E_NUMERIC). keep > 0 removes the oldest steps beyond `keep` that neither file names. */
-LSA_NODISCARD lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *g, const float *params,
-                                       const float *m, const float *v, const json_t *state, bool set_best, int64_t keep,
-                                       lsa_err *err);
+/* Saves RUN/ckpt/step_{step} and points RUN/ckpt/latest at it; set_best also RUN/ckpt/best. params, m, v are
+ * host arrays in the flat order of the parameter table; m and v may be NULL (import). state: borrowed; keys
+ * step, epoch, index, ... Refuses non-finite parameters (LSA_E_NUMERIC). keep > 0 removes the oldest steps
+ * beyond `keep` that neither file names. */
+LSA_NODISCARD lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *g,
+                                       const float *params, const float *m, const float *v,
+                                       const json_t *state, bool set_best, int64_t keep, lsa_err *err);
 
-/* Removes what an interrupted save left ("*.tmp") and, if keep > 0, the oldest steps as lsa_ckpt_save does. Call it under
- * the run lock. A run without checkpoints is fine. */
+/* Removes what an interrupted save left ("*.tmp") and, if keep > 0, the oldest steps as lsa_ckpt_save does.
+ * Call it under the run lock. A run without checkpoints is fine. */
 LSA_NODISCARD lsa_status lsa_ckpt_clean(const char *run, int64_t keep, lsa_err *err);
 
-/* dir = the step directory that `arg` means: a step directory, a latest/best file, or RUN (best, else latest). */
+/* dir = the step directory that `arg` means: a step directory, a latest/best file, or RUN (best, else
+ * latest). */
 LSA_NODISCARD lsa_status lsa_ckpt_resolve(char dir[LSA_PATH_MAX], const char *arg, lsa_err *err);
 
 typedef struct lsa_ckpt {
@@ -35,13 +38,15 @@ typedef struct lsa_ckpt {
     json_t *state; /* owned */
 } lsa_ckpt;
 
-/* Opens what `arg` means, checks MANIFEST hashes, geometry, names, shapes, finiteness. with_optim: also the moments
- * (missing is LSA_E_FORMAT). */
+/* Opens what `arg` means, checks MANIFEST hashes, geometry, names, shapes, finiteness. with_optim: also the
+ * moments (missing is LSA_E_FORMAT). */
 LSA_NODISCARD lsa_status lsa_ckpt_load(lsa_ckpt *out, const char *arg, bool with_optim, lsa_err *err);
 void lsa_ckpt_fini(lsa_ckpt *c);
 
-/* Geometry <-> flat string metadata of model.safetensors ("lsa.geometry": JSON text), shared with the exported file. */
+/* Geometry <-> flat string metadata of model.safetensors ("lsa.geometry": JSON text), shared with the
+ * exported file. */
 LSA_NODISCARD lsa_status lsa_geom_to_json(json_t **out, const lsa_indexer_geom *g, lsa_err *err);
-LSA_NODISCARD lsa_status lsa_geom_from_json(lsa_indexer_geom *g, const json_t *o, const char *where, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_geom_from_json(lsa_indexer_geom *g, const json_t *o, const char *where,
+                                            lsa_err *err);
 
 #endif

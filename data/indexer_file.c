@@ -1,4 +1,5 @@
-/* The exported indexer: see indexer_file.h. Reader and writer share the metadata keys, so they cannot drift apart. */
+/* The exported indexer: see indexer_file.h. Reader and writer share the metadata keys, so they cannot drift
+ * apart. */
 #include "data/indexer_file.h"
 
 #include <math.h>
@@ -37,7 +38,8 @@ void lsa_indexer_file_fini(lsa_indexer_file *f) {
 lsa_status lsa_indexer_file_save(const lsa_indexer_file *f, const char *dir, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_st_entry e[LSA_MAX_CSA * LSA_INDEXER_PARTS];
-    char name[LSA_MAX_CSA * LSA_INDEXER_PARTS][64], path[LSA_PATH_MAX], *geom_text = NULL, *select_text = NULL, *train_text = NULL;
+    char name[LSA_MAX_CSA * LSA_INDEXER_PARTS][64], path[LSA_PATH_MAX],
+        *geom_text = NULL, *select_text = NULL, *train_text = NULL;
     json_t *geom = NULL, *select = NULL;
     const size_t flags = JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17);
     int64_t n = 0;
@@ -49,13 +51,17 @@ lsa_status lsa_indexer_file_save(const lsa_indexer_file *f, const char *dir, lsa
             e[n] = (lsa_st_entry){name[n], LSA_F32, t.n_dim, {t.shape[0], t.shape[1]}, f->params + t.offset};
         }
     LSA_TRY(lsa_geom_to_json(&geom, &f->geom, err));
-    select = json_pack("{s:s, s:I, s:I, s:f, s:s}", "ensemble", ENSEMBLE[f->ensemble], "tau", (json_int_t)f->tau, "tail", (json_int_t)f->tail,
-                       "threshold", f->threshold, "calibration", "none");
+    select =
+        json_pack("{s:s, s:I, s:I, s:f, s:s}", "ensemble", ENSEMBLE[f->ensemble], "tau", (json_int_t)f->tau,
+                  "tail", (json_int_t)f->tail, "threshold", f->threshold, "calibration", "none");
     geom_text = json_dumps(geom, flags);
     select_text = json_dumps(select, flags);
     train_text = f->train ? json_dumps(f->train, flags) : strdup("{}");
-    if (!geom_text || !select_text || !train_text) LSA_FAIL(LSA_E_NOMEM, "cannot format the metadata of the indexer");
-    const char *meta[] = {"format", "pt", "lsa.format", FORMAT, "lsa.geometry", geom_text, "lsa.select", select_text, "lsa.train", train_text, NULL};
+    if (!geom_text || !select_text || !train_text)
+        LSA_FAIL(LSA_E_NOMEM, "cannot format the metadata of the indexer");
+    const char *meta[] = {"format",       "pt",       "lsa.format", FORMAT,
+                          "lsa.geometry", geom_text,  "lsa.select", select_text,
+                          "lsa.train",    train_text, NULL};
     LSA_TRY(lsa_path(path, err, "%s/indexer.safetensors", dir));
     LSA_TRY(lsa_st_save(path, e, n, meta, err));
 done:
@@ -70,7 +76,8 @@ done:
 static lsa_status read_meta(json_t **out, const lsa_st *s, const char *key, const char *path, lsa_err *err) {
     const char *text = lsa_st_metadata(s, key);
     *out = NULL;
-    if (!text) LSA_RET_FAIL(LSA_E_FORMAT, "'%s' has no metadata '%s': it was not exported by lsa-export", path, key);
+    if (!text)
+        LSA_RET_FAIL(LSA_E_FORMAT, "'%s' has no metadata '%s': it was not exported by lsa-export", path, key);
     return lsa_json_parse(out, text, strlen(text), key, err);
 }
 
@@ -82,21 +89,29 @@ lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *
     const char *ensemble, *format;
     memset(f, 0, sizeof *f);
     LSA_TRY(lsa_path(path, err, "%s/indexer.safetensors", dir));
-    if (!lsa_exists(path)) LSA_FAIL(LSA_E_IO, "'%s' is not an exported indexer: it has no indexer.safetensors; make one with 'lsa-export write'", dir);
+    if (!lsa_exists(path))
+        LSA_FAIL(
+            LSA_E_IO,
+            "'%s' is not an exported indexer: it has no indexer.safetensors; make one with 'lsa-export write'",
+            dir);
     LSA_TRY(lsa_st_open(&s, path, err));
     format = lsa_st_metadata(s, "lsa.format");
-    if (!format || strcmp(format, FORMAT)) LSA_FAIL(LSA_E_FORMAT, "'%s': format is '%.40s', this program reads %s", path, format ? format : "none", FORMAT);
+    if (!format || strcmp(format, FORMAT))
+        LSA_FAIL(LSA_E_FORMAT, "'%s': format is '%.40s', this program reads %s", path,
+                 format ? format : "none", FORMAT);
     LSA_TRY(read_meta(&geom, s, "lsa.geometry", path, err));
     LSA_TRY(lsa_geom_from_json(&f->geom, geom, path, err));
     LSA_TRY(read_meta(&select, s, "lsa.select", path, err));
     LSA_TRY(lsa_json_str(&ensemble, select, "ensemble", path, err));
-    if (lsa_ensemble_parse(&f->ensemble, ensemble, NULL) != LSA_OK) LSA_FAIL(LSA_E_FORMAT, "'%s': ensemble '%.40s' is unknown", path, ensemble);
+    if (lsa_ensemble_parse(&f->ensemble, ensemble, NULL) != LSA_OK)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': ensemble '%.40s' is unknown", path, ensemble);
     LSA_TRY(lsa_json_i64_in(&f->tau, 1, 1 << 20, select, "tau", path, err));
     LSA_TRY(lsa_json_i64_in(&f->tail, 0, INT64_C(1) << 32, select, "tail", path, err));
     LSA_TRY(lsa_json_f64(&f->threshold, select, "threshold", path, err));
     LSA_TRY(read_meta(&f->train, s, "lsa.train", path, err));
     if (lsa_st_count(s) != (int64_t)f->geom.n_layer * LSA_INDEXER_PARTS)
-        LSA_FAIL(LSA_E_FORMAT, "'%s' holds %lld tensors, its geometry asks for %d", path, (long long)lsa_st_count(s), f->geom.n_layer * LSA_INDEXER_PARTS);
+        LSA_FAIL(LSA_E_FORMAT, "'%s' holds %lld tensors, its geometry asks for %d", path,
+                 (long long)lsa_st_count(s), f->geom.n_layer * LSA_INDEXER_PARTS);
     LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
     for (int32_t l = 0; l < f->geom.n_layer; l++)
         for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
@@ -105,7 +120,9 @@ lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *
             LSA_TRY(lsa_st_need(&x, s, t.name, LSA_F32, t.n_dim, t.shape, err));
             memcpy(f->params + t.offset, x->data, x->n_bytes);
             for (int64_t i = 0; i < t.n; i++)
-                if (!isfinite(f->params[t.offset + i])) LSA_FAIL(LSA_E_FORMAT, "'%s': tensor %s: element %lld is not finite", path, t.name, (long long)i);
+                if (!isfinite(f->params[t.offset + i]))
+                    LSA_FAIL(LSA_E_FORMAT, "'%s': tensor %s: element %lld is not finite", path, t.name,
+                             (long long)i);
         }
 done:
     json_decref(geom);

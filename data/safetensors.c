@@ -70,7 +70,8 @@ static lsa_status parse_tensor(lsa_st_tensor *t, const char *name, const json_t 
         if (!json_is_integer(d) || json_integer_value(d) < 0)
             LSA_FAIL(LSA_E_FORMAT, "%s: shape entry %zu is not a non-negative integer", where, i);
         t->shape[i] = (int64_t)json_integer_value(d);
-        if (!lsa_mul_i64(t->n_elem, t->shape[i], &t->n_elem)) LSA_FAIL(LSA_E_FORMAT, "%s: shape overflows", where);
+        if (!lsa_mul_i64(t->n_elem, t->shape[i], &t->n_elem))
+            LSA_FAIL(LSA_E_FORMAT, "%s: shape overflows", where);
     }
     int64_t bytes;
     if (t->dtype == LSA_F4) {
@@ -84,8 +85,10 @@ static lsa_status parse_tensor(lsa_st_tensor *t, const char *name, const json_t 
         LSA_FAIL(LSA_E_FORMAT, "%s: data_offsets must be two integers", where);
     int64_t begin = (int64_t)json_integer_value(b), end = (int64_t)json_integer_value(e);
     if (begin < 0 || end < begin || end > n_data)
-        LSA_FAIL(LSA_E_FORMAT, "%s: data_offsets [%lld, %lld] lie outside the %lld data bytes; the file is truncated or damaged",
-                 where, (long long)begin, (long long)end, (long long)n_data);
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "%s: data_offsets [%lld, %lld] lie outside the %lld data bytes; the file is truncated or damaged",
+            where, (long long)begin, (long long)end, (long long)n_data);
     if (end - begin != bytes)
         LSA_FAIL(LSA_E_FORMAT, "%s: shape needs %lld bytes, data_offsets give %lld", where, (long long)bytes,
                  (long long)(end - begin));
@@ -95,21 +98,24 @@ done:
     return st;
 }
 
-lsa_status lsa_st_open_memory(lsa_st **out, const void *data, size_t n_bytes, const char *name, lsa_err *err) {
+lsa_status lsa_st_open_memory(lsa_st **out, const void *data, size_t n_bytes, const char *name,
+                              lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_st *s = NULL;
     const unsigned char *p = data;
     uint64_t hlen = 0;
     *out = NULL;
     LSA_TRY(lsa_alloc_((void **)&s, 1, sizeof *s, "safetensors reader", err));
-    if (n_bytes < 8) LSA_FAIL(LSA_E_FORMAT, "%s: %zu bytes are too few for a safetensors file", name, n_bytes);
+    if (n_bytes < 8)
+        LSA_FAIL(LSA_E_FORMAT, "%s: %zu bytes are too few for a safetensors file", name, n_bytes);
     for (int i = 7; i >= 0; i--) hlen = hlen << 8 | p[i];
     if (hlen > (uint64_t)MAX_HEADER || hlen > n_bytes - 8)
         LSA_FAIL(LSA_E_FORMAT, "%s: header length %llu does not fit a file of %zu bytes", name,
                  (unsigned long long)hlen, n_bytes);
     LSA_TRY(lsa_json_parse(&s->header, (const char *)p + 8, (size_t)hlen, name, err));
     if (!json_is_object(s->header)) LSA_FAIL(LSA_E_FORMAT, "%s: header is not a JSON object", name);
-    LSA_TRY(lsa_alloc_((void **)&s->tensor, (int64_t)json_object_size(s->header), sizeof *s->tensor, "tensor table", err));
+    LSA_TRY(lsa_alloc_((void **)&s->tensor, (int64_t)json_object_size(s->header), sizeof *s->tensor,
+                       "tensor table", err));
     const char *key;
     json_t *v;
     json_object_foreach(s->header, key, v) {
@@ -117,7 +123,8 @@ lsa_status lsa_st_open_memory(lsa_st **out, const void *data, size_t n_bytes, co
             if (!json_is_object(v)) LSA_FAIL(LSA_E_FORMAT, "%s: __metadata__ is not an object", name);
             continue;
         }
-        LSA_TRY(parse_tensor(&s->tensor[s->n], key, v, p + 8 + hlen, (int64_t)(n_bytes - 8 - hlen), name, err));
+        LSA_TRY(
+            parse_tensor(&s->tensor[s->n], key, v, p + 8 + hlen, (int64_t)(n_bytes - 8 - hlen), name, err));
         s->n++;
     }
     qsort(s->tensor, (size_t)s->n, sizeof *s->tensor, by_data);
@@ -143,8 +150,10 @@ lsa_status lsa_st_open(lsa_st **out, const char *path, lsa_err *err) {
     lsa_status st = lsa_map_open(&map, path, err);
     if (st != LSA_OK) return st;
     st = lsa_st_open_memory(out, map.data, map.n_bytes, path, err);
-    if (st == LSA_OK) (*out)->map = map;
-    else lsa_map_close(&map);
+    if (st == LSA_OK)
+        (*out)->map = map;
+    else
+        lsa_map_close(&map);
     return st;
 }
 
@@ -170,8 +179,10 @@ const lsa_st_tensor *lsa_st_find(const lsa_st *s, const char *name) {
         int64_t mid = (lo + hi) / 2;
         int c = strcmp(s->tensor[mid].name, name);
         if (c == 0) return &s->tensor[mid];
-        if (c < 0) lo = mid + 1;
-        else hi = mid;
+        if (c < 0)
+            lo = mid + 1;
+        else
+            hi = mid;
     }
     return NULL;
 }
@@ -183,8 +194,8 @@ static void shape_text(char *buf, size_t n, const int64_t *shape, int32_t n_dim)
         used += (size_t)snprintf(buf + used, n - used, "%s%lld", i ? "," : "", (long long)shape[i]);
 }
 
-lsa_status lsa_st_need(const lsa_st_tensor **out, const lsa_st *s, const char *name, lsa_dtype dtype, int32_t n_dim,
-                       const int64_t *shape, lsa_err *err) {
+lsa_status lsa_st_need(const lsa_st_tensor **out, const lsa_st *s, const char *name, lsa_dtype dtype,
+                       int32_t n_dim, const int64_t *shape, lsa_err *err) {
     const lsa_st_tensor *t = lsa_st_find(s, name);
     *out = NULL;
     if (!t) LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s' is missing", name);
@@ -194,8 +205,8 @@ lsa_status lsa_st_need(const lsa_st_tensor **out, const lsa_st *s, const char *n
     shape_text(want, sizeof want, shape, n_dim);
     shape_text(got, sizeof got, t->shape, t->n_dim);
     if (t->dtype != dtype || !same)
-        LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s': expected %s [%s], found %s [%s]", name, lsa_dtype_name(dtype), want,
-                     lsa_dtype_name(t->dtype), got);
+        LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s': expected %s [%s], found %s [%s]", name,
+                     lsa_dtype_name(dtype), want, lsa_dtype_name(t->dtype), got);
     *out = t;
     return LSA_OK;
 }
@@ -206,37 +217,51 @@ const char *lsa_st_metadata(const lsa_st *s, const char *key) {
 
 lsa_status lsa_st_to_f32(float *dst, const lsa_st_tensor *t, lsa_err *err) {
     const unsigned char *p = t->data;
-#define EACH(type, expr)                                                                                              \
-    for (int64_t i = 0; i < t->n_elem; i++) {                                                                         \
-        type x;                                                                                                       \
-        memcpy(&x, p + (size_t)i * sizeof x, sizeof x);                                                               \
-        dst[i] = (expr);                                                                                              \
-    }                                                                                                                 \
+#define EACH(type, expr)                                                                                     \
+    for (int64_t i = 0; i < t->n_elem; i++) {                                                                \
+        type x;                                                                                              \
+        memcpy(&x, p + (size_t)i * sizeof x, sizeof x);                                                      \
+        dst[i] = (expr);                                                                                     \
+    }                                                                                                        \
     return LSA_OK
     switch (t->dtype) {
-    case LSA_F32: memcpy(dst, p, t->n_bytes); return LSA_OK;
-    case LSA_F16: EACH(uint16_t, lsa_f16_to_f32(x));
-    case LSA_BF16: EACH(uint16_t, lsa_bf16_to_f32(x));
-    case LSA_F64: EACH(double, (float)x);
-    case LSA_F8_E4M3: EACH(uint8_t, lsa_e4m3_to_f32(x));
-    case LSA_F8_E8M0: EACH(uint8_t, lsa_e8m0_to_f32(x));
-    case LSA_I32: EACH(int32_t, (float)x);
-    case LSA_I64: EACH(int64_t, (float)x);
+    case LSA_F32:
+        memcpy(dst, p, t->n_bytes);
+        return LSA_OK;
+    case LSA_F16:
+        EACH(uint16_t, lsa_f16_to_f32(x));
+    case LSA_BF16:
+        EACH(uint16_t, lsa_bf16_to_f32(x));
+    case LSA_F64:
+        EACH(double, (float)x);
+    case LSA_F8_E4M3:
+        EACH(uint8_t, lsa_e4m3_to_f32(x));
+    case LSA_F8_E8M0:
+        EACH(uint8_t, lsa_e8m0_to_f32(x));
+    case LSA_I32:
+        EACH(int32_t, (float)x);
+    case LSA_I64:
+        EACH(int64_t, (float)x);
     case LSA_U8:
     case LSA_I8:
     case LSA_C64:
-    case LSA_F4: break;
+    case LSA_F4:
+        break;
     }
 #undef EACH
-    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "tensor '%.200s': %s cannot be read as float", t->name, lsa_dtype_name(t->dtype));
+    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "tensor '%.200s': %s cannot be read as float", t->name,
+                 lsa_dtype_name(t->dtype));
 }
 
 static lsa_status entry_bytes(int64_t *out, const lsa_st_entry *e, lsa_err *err) {
     int64_t n = 1;
     for (int32_t i = 0; i < e->n_dim; i++)
-        if (e->shape[i] < 0 || !lsa_mul_i64(n, e->shape[i], &n)) LSA_RET_FAIL(LSA_E_BUG, "tensor '%s': bad shape", e->name);
-    if (e->dtype == LSA_F4) *out = n / 2;
-    else if (!lsa_mul_i64(n, (int64_t)lsa_dtype_bytes(e->dtype), out)) LSA_RET_FAIL(LSA_E_BUG, "tensor '%s': size", e->name);
+        if (e->shape[i] < 0 || !lsa_mul_i64(n, e->shape[i], &n))
+            LSA_RET_FAIL(LSA_E_BUG, "tensor '%s': bad shape", e->name);
+    if (e->dtype == LSA_F4)
+        *out = n / 2;
+    else if (!lsa_mul_i64(n, (int64_t)lsa_dtype_bytes(e->dtype), out))
+        LSA_RET_FAIL(LSA_E_BUG, "tensor '%s': size", e->name);
     return LSA_OK;
 }
 
@@ -249,18 +274,22 @@ lsa_status lsa_st_save(const char *path, const lsa_st_entry *entries, int64_t n,
     int64_t offset = 0;
     if (metadata && metadata[0]) {
         json_t *m = json_object();
-        for (int64_t i = 0; metadata[i]; i += 2) json_object_set_new(m, metadata[i], json_string(metadata[i + 1]));
+        for (int64_t i = 0; metadata[i]; i += 2)
+            json_object_set_new(m, metadata[i], json_string(metadata[i + 1]));
         json_object_set_new(head, "__metadata__", m);
     }
     for (int64_t i = 0; i < n; i++) {
         int64_t bytes;
         LSA_TRY(entry_bytes(&bytes, &entries[i], err));
-        if (json_object_get(head, entries[i].name)) LSA_FAIL(LSA_E_BUG, "tensor '%s' given twice", entries[i].name);
+        if (json_object_get(head, entries[i].name))
+            LSA_FAIL(LSA_E_BUG, "tensor '%s' given twice", entries[i].name);
         json_t *shape = json_array();
-        for (int32_t d = 0; d < entries[i].n_dim; d++) json_array_append_new(shape, json_integer(entries[i].shape[d]));
+        for (int32_t d = 0; d < entries[i].n_dim; d++)
+            json_array_append_new(shape, json_integer(entries[i].shape[d]));
         json_object_set_new(head, entries[i].name,
-                            json_pack("{s:s, s:o, s:[I,I]}", "dtype", lsa_dtype_name(entries[i].dtype), "shape", shape,
-                                      "data_offsets", (json_int_t)offset, (json_int_t)(offset + bytes)));
+                            json_pack("{s:s, s:o, s:[I,I]}", "dtype", lsa_dtype_name(entries[i].dtype),
+                                      "shape", shape, "data_offsets", (json_int_t)offset,
+                                      (json_int_t)(offset + bytes)));
         offset += bytes;
     }
     text = json_dumps(head, JSON_COMPACT);

@@ -1,7 +1,8 @@
-/* A model folder under its original tensor names: finds a tensor whatever spelling the file uses, and dequantises it.
+/* A model folder under its original tensor names: finds a tensor whatever spelling the file uses, and
+ * dequantises it.
  *
- * Dispatch is on the stored dtype, never on the name. The mistake that would stay silent: a scale that is not found
- * (the weights would still look plausible), so quantised tensors without their scale are refused. */
+ * Dispatch is on the stored dtype, never on the name. The mistake that would stay silent: a scale that is not
+ * found (the weights would still look plausible), so quantised tensors without their scale are refused. */
 #include "data/teacher.h"
 
 #include <stdio.h>
@@ -25,7 +26,8 @@ struct lsa_teacher {
     lsa_st *file[MAX_FILES];
 };
 
-/* ---- names ------------------------------------------------------------------------------------------------- */
+/* ---- names
+ * ------------------------------------------------------------------------------------------------- */
 
 /* Original suffix (after "layers.N.") -> transformers module suffix. Prefix matches end at '*'. */
 static const char *const layer_map[][2] = {
@@ -120,14 +122,18 @@ static const lsa_st_tensor *find_scale(const lsa_teacher *t, const char *stored)
     return NULL;
 }
 
-/* transformers stacks the experts: gate_up_proj [E, 2*moe, d] (w1 rows first), down_proj [E, d, moe]. A view of one. */
+/* transformers stacks the experts: gate_up_proj [E, 2*moe, d] (w1 rows first), down_proj [E, d, moe]. A view
+ * of one. */
 static bool find_stacked(lsa_st_tensor *view, const lsa_teacher *t, const char *name) {
     int layer, expert, w, at = 0;
-    if (sscanf(name, "layers.%d.ffn.experts.%d.w%d.weight%n", &layer, &expert, &w, &at) != 3 || !at || name[at]) return false;
+    if (sscanf(name, "layers.%d.ffn.experts.%d.w%d.weight%n", &layer, &expert, &w, &at) != 3 || !at ||
+        name[at])
+        return false;
     char alt[NAME_MAX_];
     snprintf(alt, sizeof alt, "layers.%d.mlp.experts.%s", layer, w == 2 ? "down_proj" : "gate_up_proj");
     const lsa_st_tensor *x = find_model(t, alt);
-    if (!x || x->n_dim != 3 || expert < 0 || expert >= x->shape[0] || lsa_dtype_bytes(x->dtype) < 2) return false;
+    if (!x || x->n_dim != 3 || expert < 0 || expert >= x->shape[0] || lsa_dtype_bytes(x->dtype) < 2)
+        return false;
     int64_t rows = w == 2 ? x->shape[1] : x->shape[1] / 2, cols = x->shape[2];
     int64_t first = (int64_t)expert * x->shape[1] + (w == 3 ? rows : 0);
     *view = *x;
@@ -145,7 +151,8 @@ bool lsa_teacher_has(const lsa_teacher *t, const char *name) {
     return find(t, name) || find_stacked(&view, t, name);
 }
 
-/* ---- values ------------------------------------------------------------------------------------------------ */
+/* ---- values
+ * ------------------------------------------------------------------------------------------------ */
 
 static float scale_at(const lsa_st_tensor *s, int64_t i) {
     const unsigned char *p = s->data;
@@ -155,17 +162,22 @@ static float scale_at(const lsa_st_tensor *s, int64_t i) {
     return f;
 }
 
-static lsa_status check_scale(const lsa_st_tensor *s, const char *name, int64_t rows, int64_t cols, lsa_err *err) {
-    if (!s) LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s' is quantised but its scale (.scale or .weight_scale_inv) is missing", name);
+static lsa_status check_scale(const lsa_st_tensor *s, const char *name, int64_t rows, int64_t cols,
+                              lsa_err *err) {
+    if (!s)
+        LSA_RET_FAIL(LSA_E_FORMAT,
+                     "tensor '%s' is quantised but its scale (.scale or .weight_scale_inv) is missing", name);
     if (s->dtype != LSA_F8_E8M0 && s->dtype != LSA_F32 && s->dtype != LSA_U8)
-        LSA_RET_FAIL(LSA_E_UNSUPPORTED, "scale of '%s' is %s, expected F8_E8M0 or F32", name, lsa_dtype_name(s->dtype));
+        LSA_RET_FAIL(LSA_E_UNSUPPORTED, "scale of '%s' is %s, expected F8_E8M0 or F32", name,
+                     lsa_dtype_name(s->dtype));
     if (s->n_dim != 2 || s->shape[0] != rows || s->shape[1] != cols)
-        LSA_RET_FAIL(LSA_E_FORMAT, "scale of '%s' must be [%lld,%lld], found %lld elements", name, (long long)rows,
-                     (long long)cols, (long long)s->n_elem);
+        LSA_RET_FAIL(LSA_E_FORMAT, "scale of '%s' must be [%lld,%lld], found %lld elements", name,
+                     (long long)rows, (long long)cols, (long long)s->n_elem);
     return LSA_OK;
 }
 
-static lsa_status dequant_fp8(float *dst, const lsa_teacher *t, const lsa_st_tensor *x, int64_t rows, int64_t cols, lsa_err *err) {
+static lsa_status dequant_fp8(float *dst, const lsa_teacher *t, const lsa_st_tensor *x, int64_t rows,
+                              int64_t cols, lsa_err *err) {
     const lsa_st_tensor *s = find_scale(t, x->name);
     int64_t bc = lsa_ceil_div(cols, 128);
     lsa_status st = check_scale(s, x->name, lsa_ceil_div(rows, 128), bc, err);
@@ -174,51 +186,67 @@ static lsa_status dequant_fp8(float *dst, const lsa_teacher *t, const lsa_st_ten
     for (int64_t i = 0; i < rows; i++)
         for (int64_t b = 0; b < bc; b++) {
             float f = scale_at(s, i / 128 * bc + b);
-            for (int64_t j = b * 128; j < lsa_min_i64(cols, b * 128 + 128); j++) dst[i * cols + j] = lsa_e4m3_table[p[i * cols + j]] * f;
+            for (int64_t j = b * 128; j < lsa_min_i64(cols, b * 128 + 128); j++)
+                dst[i * cols + j] = lsa_e4m3_table[p[i * cols + j]] * f;
         }
     return LSA_OK;
 }
 
-static lsa_status dequant_fp4(float *dst, const lsa_teacher *t, const lsa_st_tensor *x, int64_t rows, int64_t cols, lsa_err *err) {
+static lsa_status dequant_fp4(float *dst, const lsa_teacher *t, const lsa_st_tensor *x, int64_t rows,
+                              int64_t cols, lsa_err *err) {
     const lsa_st_tensor *s = find_scale(t, x->name);
-    if (cols % 32) LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s': %lld fp4 columns are not a multiple of 32", x->name, (long long)cols);
+    if (cols % 32)
+        LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s': %lld fp4 columns are not a multiple of 32", x->name,
+                     (long long)cols);
     lsa_status st = check_scale(s, x->name, rows, cols / 32, err);
     if (st != LSA_OK) return st;
     const unsigned char *p = x->data;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < cols; j++) {
             unsigned byte = p[(i * cols + j) / 2];
-            dst[i * cols + j] = lsa_e2m1_table[j % 2 ? byte >> 4 : byte & 15u] * scale_at(s, i * (cols / 32) + j / 32);
+            dst[i * cols + j] =
+                lsa_e2m1_table[j % 2 ? byte >> 4 : byte & 15u] * scale_at(s, i * (cols / 32) + j / 32);
         }
     return LSA_OK;
 }
 
-lsa_status lsa_teacher_f32(float *dst, const lsa_teacher *t, const char *name, int64_t rows, int64_t cols, lsa_err *err) {
+lsa_status lsa_teacher_f32(float *dst, const lsa_teacher *t, const char *name, int64_t rows, int64_t cols,
+                           lsa_err *err) {
     lsa_st_tensor view;
     const lsa_st_tensor *x = find(t, name);
     if (!x && find_stacked(&view, t, name)) x = &view;
-    if (!x) LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s' is missing from model '%s' under every known spelling", name, t->name);
-    int64_t r = x->n_dim == 2 ? x->shape[0] : 1, c = x->n_dim == 2 ? x->shape[1] : x->n_dim == 1 ? x->shape[0] : 0;
+    if (!x)
+        LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s' is missing from model '%s' under every known spelling", name,
+                     t->name);
+    int64_t r = x->n_dim == 2 ? x->shape[0] : 1, c = x->n_dim == 2   ? x->shape[1]
+                                                     : x->n_dim == 1 ? x->shape[0]
+                                                                     : 0;
     bool packed = (x->dtype == LSA_I8 || x->dtype == LSA_U8) && r == rows && c * 2 == cols;
     if (!packed && (r != rows || c != cols))
-        LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s': config.json needs [%lld,%lld], the file has %d dimensions, [%lld,%lld]", x->name,
-                     (long long)rows, (long long)cols, x->n_dim, (long long)r, (long long)c);
+        LSA_RET_FAIL(LSA_E_FORMAT,
+                     "tensor '%s': config.json needs [%lld,%lld], the file has %d dimensions, [%lld,%lld]",
+                     x->name, (long long)rows, (long long)cols, x->n_dim, (long long)r, (long long)c);
     if (packed || x->dtype == LSA_F4) return dequant_fp4(dst, t, x, rows, cols, err);
     if (x->dtype == LSA_F8_E4M3) return dequant_fp8(dst, t, x, rows, cols, err);
     if (x->dtype == LSA_F32 || x->dtype == LSA_BF16 || x->dtype == LSA_F16) return lsa_st_to_f32(dst, x, err);
-    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "tensor '%s' is %s; expected F32, BF16, F16, F8_E4M3 or packed FP4", x->name, lsa_dtype_name(x->dtype));
+    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "tensor '%s' is %s; expected F32, BF16, F16, F8_E4M3 or packed FP4",
+                 x->name, lsa_dtype_name(x->dtype));
 }
 
-lsa_status lsa_teacher_i64(int64_t *dst, const lsa_teacher *t, const char *name, int64_t rows, int64_t cols, lsa_err *err) {
+lsa_status lsa_teacher_i64(int64_t *dst, const lsa_teacher *t, const char *name, int64_t rows, int64_t cols,
+                           lsa_err *err) {
     const lsa_st_tensor *x = find(t, name);
     if (!x) LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s' is missing from model '%s'", name, t->name);
-    if (x->n_dim != 2 || x->shape[0] != rows || x->shape[1] != cols || (x->dtype != LSA_I64 && x->dtype != LSA_I32))
-        LSA_RET_FAIL(LSA_E_FORMAT, "tensor '%s': expected I64 or I32 [%lld,%lld], found %s with %lld elements", x->name,
+    if (x->n_dim != 2 || x->shape[0] != rows || x->shape[1] != cols ||
+        (x->dtype != LSA_I64 && x->dtype != LSA_I32))
+        LSA_RET_FAIL(LSA_E_FORMAT,
+                     "tensor '%s': expected I64 or I32 [%lld,%lld], found %s with %lld elements", x->name,
                      (long long)rows, (long long)cols, lsa_dtype_name(x->dtype), (long long)x->n_elem);
     const unsigned char *p = x->data;
     for (int64_t i = 0; i < x->n_elem; i++) {
         int32_t small;
-        if (x->dtype == LSA_I64) memcpy(&dst[i], p + 8 * (size_t)i, 8);
+        if (x->dtype == LSA_I64)
+            memcpy(&dst[i], p + 8 * (size_t)i, 8);
         else {
             memcpy(&small, p + 4 * (size_t)i, 4);
             dst[i] = small;
@@ -227,12 +255,14 @@ lsa_status lsa_teacher_i64(int64_t *dst, const lsa_teacher *t, const char *name,
     return LSA_OK;
 }
 
-/* ---- opening ----------------------------------------------------------------------------------------------- */
+/* ---- opening
+ * ----------------------------------------------------------------------------------------------- */
 
 static lsa_status add_file(lsa_teacher *t, const char *dir, const char *file, lsa_err *err) {
     char path[LSA_PATH_MAX];
     if (strchr(file, '/')) LSA_RET_FAIL(LSA_E_FORMAT, "%s: shard name '%s' must not contain '/'", dir, file);
-    if (t->n_file == MAX_FILES) LSA_RET_FAIL(LSA_E_UNSUPPORTED, "%s: more than %d safetensors files", dir, MAX_FILES);
+    if (t->n_file == MAX_FILES)
+        LSA_RET_FAIL(LSA_E_UNSUPPORTED, "%s: more than %d safetensors files", dir, MAX_FILES);
     lsa_status st = lsa_path(path, err, "%s/%s", dir, file);
     if (st == LSA_OK) st = lsa_st_open(&t->file[t->n_file], path, err);
     if (st == LSA_OK) t->n_file++;
@@ -277,7 +307,8 @@ static void set_identity(lsa_teacher *t, const char *dir, const char *config, si
         for (int64_t j = 0; j < lsa_st_count(t->file[i]); j++) {
             const lsa_st_tensor *x = lsa_st_at(t->file[i], j);
             size_t n = x->n_bytes < 256 ? x->n_bytes : 256;
-            uint64_t k[3] = {lsa_xxh64(x->name, strlen(x->name)), (uint64_t)x->n_bytes, lsa_xxh64(x->data, n)};
+            uint64_t k[3] = {lsa_xxh64(x->name, strlen(x->name)), (uint64_t)x->n_bytes,
+                             lsa_xxh64(x->data, n)};
             sum += lsa_xxh64(k, sizeof k);
         }
     uint64_t both[2] = {h, sum};
@@ -291,7 +322,8 @@ lsa_status lsa_teacher_open(lsa_teacher **out, const char *dir, lsa_err *err) {
     size_t n;
     *out = NULL;
     LSA_TRY(lsa_alloc_((void **)&t, 1, sizeof *t, "teacher", err));
-    if (!lsa_is_dir(dir)) LSA_FAIL(LSA_E_IO, "teacher '%s' is not a folder; give the folder that holds config.json", dir);
+    if (!lsa_is_dir(dir))
+        LSA_FAIL(LSA_E_IO, "teacher '%s' is not a folder; give the folder that holds config.json", dir);
     LSA_TRY(lsa_path(path, err, "%s/config.json", dir));
     LSA_TRY(lsa_teacher_config_load(&t->cfg, path, err));
     LSA_TRY(lsa_read_file(&text, &n, path, err));

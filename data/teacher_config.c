@@ -1,8 +1,9 @@
-/* config.json of a DeepSeek-V4 model, in the hub's spelling (compress_ratios, rope_scaling), in the inference package's
- * short names where they differ, and in transformers' (layer_types, compress_rates, rope_parameters).
+/* config.json of a DeepSeek-V4 model, in the hub's spelling (compress_ratios, rope_scaling), in the inference
+ * package's short names where they differ, and in transformers' (layer_types, compress_rates,
+ * rope_parameters).
  *
- * The mistake that would stay silent: a default for a missing number. Only numbers that the field's own files leave out
- * have one; everything else is required. */
+ * The mistake that would stay silent: a default for a missing number. Only numbers that the field's own files
+ * leave out have one; everything else is required. */
 #include <string.h>
 
 #include "data/teacher.h"
@@ -15,7 +16,8 @@ typedef struct reader {
 } reader;
 
 /* A required integer in [lo, hi] under one of two spellings. */
-static lsa_status need_int(int32_t *out, const reader *r, const char *key, const char *alt, int64_t lo, int64_t hi) {
+static lsa_status need_int(int32_t *out, const reader *r, const char *key, const char *alt, int64_t lo,
+                           int64_t hi) {
     int64_t v;
     const char *k = !json_object_get(r->o, key) && alt && json_object_get(r->o, alt) ? alt : key;
     lsa_status st = lsa_json_i64_in(&v, lo, hi, r->o, k, r->where, r->err);
@@ -55,7 +57,8 @@ static lsa_status read_sizes(lsa_teacher_config *c, const reader *r) {
     LSA_TRY(need_int(&c->vocab, r, "vocab_size", NULL, 2, 1 << 24));
     int64_t v;
     LSA_TRY(lsa_json_i64_or(&v, 1, r->o, "n_shared_experts", r->where, err));
-    if (v != 1) LSA_FAIL(LSA_E_UNSUPPORTED, "%s: n_shared_experts is %lld, only 1 is known", r->where, (long long)v);
+    if (v != 1)
+        LSA_FAIL(LSA_E_UNSUPPORTED, "%s: n_shared_experts is %lld, only 1 is known", r->where, (long long)v);
     c->n_shared = 1;
     LSA_TRY(lsa_json_i64_or(&c->max_position, 1048576, r->o, "max_position_embeddings", r->where, err));
     LSA_TRY(opt_f32(&c->hc_eps, 1e-6, r, "hc_eps", NULL));
@@ -68,7 +71,8 @@ static lsa_status read_sizes(lsa_teacher_config *c, const reader *r) {
     if (c->index_head_dim & (c->index_head_dim - 1))
         LSA_FAIL(LSA_E_FORMAT, "%s: index_head_dim %d is not a power of two", r->where, c->index_head_dim);
     if (c->rope_dim > c->index_head_dim)
-        LSA_FAIL(LSA_E_FORMAT, "%s: rotary dimension %d exceeds index_head_dim %d", r->where, c->rope_dim, c->index_head_dim);
+        LSA_FAIL(LSA_E_FORMAT, "%s: rotary dimension %d exceeds index_head_dim %d", r->where, c->rope_dim,
+                 c->index_head_dim);
 done:
     return st;
 }
@@ -82,39 +86,55 @@ static lsa_status read_layers(lsa_teacher_config *c, const reader *r) {
     lsa_status st = LSA_OK;
     lsa_err *err = r->err;
     json_t *ratios = json_object_get(r->o, "compress_ratios"), *types = json_object_get(r->o, "layer_types");
-    if (!ratios && !types) LSA_FAIL(LSA_E_FORMAT, "%s: neither compress_ratios nor layer_types is given", r->where);
+    if (!ratios && !types)
+        LSA_FAIL(LSA_E_FORMAT, "%s: neither compress_ratios nor layer_types is given", r->where);
     if (types) {
         json_t *rates;
         int64_t csa, hca;
         LSA_TRY(lsa_json_object(&rates, r->o, "compress_rates", r->where, err));
         LSA_TRY(lsa_json_i64_in(&csa, 1, 1 << 20, rates, "compressed_sparse_attention", r->where, err));
         LSA_TRY(lsa_json_i64_in(&hca, 1, 1 << 20, rates, "heavily_compressed_attention", r->where, err));
-        if (csa != LSA_CHUNK) LSA_FAIL(LSA_E_UNSUPPORTED, "%s: CSA compress rate %lld, only 4 is known", r->where, (long long)csa);
-        if (hca == LSA_CHUNK) LSA_FAIL(LSA_E_UNSUPPORTED, "%s: HCA compress rate 4 cannot be told from CSA", r->where);
+        if (csa != LSA_CHUNK)
+            LSA_FAIL(LSA_E_UNSUPPORTED, "%s: CSA compress rate %lld, only 4 is known", r->where,
+                     (long long)csa);
+        if (hca == LSA_CHUNK)
+            LSA_FAIL(LSA_E_UNSUPPORTED, "%s: HCA compress rate 4 cannot be told from CSA", r->where);
         if (json_array_size(types) < (size_t)c->n_layer)
-            LSA_FAIL(LSA_E_FORMAT, "%s: layer_types has %zu entries for %d layers", r->where, json_array_size(types), c->n_layer);
+            LSA_FAIL(LSA_E_FORMAT, "%s: layer_types has %zu entries for %d layers", r->where,
+                     json_array_size(types), c->n_layer);
         for (int32_t l = 0; l < c->n_layer; l++) {
             const char *t = json_string_value(json_array_get(types, (size_t)l));
-            if (t && !strcmp(t, "sliding_attention")) set_kind(c, l, 0);
-            else if (t && !strcmp(t, "compressed_sparse_attention")) set_kind(c, l, csa);
-            else if (t && !strcmp(t, "heavily_compressed_attention")) set_kind(c, l, hca);
-            else LSA_FAIL(LSA_E_UNSUPPORTED, "%s: layer_types[%d] is '%s', not a DeepSeek-V4 layer kind", r->where, l, t ? t : "?");
+            if (t && !strcmp(t, "sliding_attention"))
+                set_kind(c, l, 0);
+            else if (t && !strcmp(t, "compressed_sparse_attention"))
+                set_kind(c, l, csa);
+            else if (t && !strcmp(t, "heavily_compressed_attention"))
+                set_kind(c, l, hca);
+            else
+                LSA_FAIL(LSA_E_UNSUPPORTED, "%s: layer_types[%d] is '%s', not a DeepSeek-V4 layer kind",
+                         r->where, l, t ? t : "?");
         }
     } else {
         if (json_array_size(ratios) < (size_t)c->n_layer)
-            LSA_FAIL(LSA_E_FORMAT, "%s: compress_ratios has %zu entries for %d layers", r->where, json_array_size(ratios), c->n_layer);
+            LSA_FAIL(LSA_E_FORMAT, "%s: compress_ratios has %zu entries for %d layers", r->where,
+                     json_array_size(ratios), c->n_layer);
         for (int32_t l = 0; l < c->n_layer; l++) {
             const json_t *v = json_array_get(ratios, (size_t)l);
             int64_t x = json_is_integer(v) ? (int64_t)json_integer_value(v) : -1;
-            if (x < 0 || x > 1 << 20) LSA_FAIL(LSA_E_FORMAT, "%s: compress_ratios[%d] must be an integer >= 0", r->where, l);
-            if (x > 0 && x < LSA_CHUNK) LSA_FAIL(LSA_E_UNSUPPORTED, "%s: compression ratio %lld belongs to DeepSeek-V4.1, which is not supported", r->where, (long long)x);
+            if (x < 0 || x > 1 << 20)
+                LSA_FAIL(LSA_E_FORMAT, "%s: compress_ratios[%d] must be an integer >= 0", r->where, l);
+            if (x > 0 && x < LSA_CHUNK)
+                LSA_FAIL(LSA_E_UNSUPPORTED,
+                         "%s: compression ratio %lld belongs to DeepSeek-V4.1, which is not supported",
+                         r->where, (long long)x);
             set_kind(c, l, x);
         }
     }
     for (int32_t l = 0; l < c->n_layer; l++) {
         c->csa_ord[l] = -1;
         if (c->kind[l] != LSA_LAYER_CSA) continue;
-        if (c->n_csa == LSA_MAX_CSA) LSA_FAIL(LSA_E_UNSUPPORTED, "%s: more than %d CSA layers", r->where, LSA_MAX_CSA);
+        if (c->n_csa == LSA_MAX_CSA)
+            LSA_FAIL(LSA_E_UNSUPPORTED, "%s: more than %d CSA layers", r->where, LSA_MAX_CSA);
         c->csa_ord[l] = c->n_csa;
         c->csa_id[c->n_csa++].v = l;
     }
@@ -123,7 +143,8 @@ static lsa_status read_layers(lsa_teacher_config *c, const reader *r) {
         for (int32_t l = 0; l < c->n_layer; l++) {
             const char *t = json_string_value(json_array_get(mlp, (size_t)l));
             if (!t || (strcmp(t, "hash_moe") && strcmp(t, "moe")))
-                LSA_FAIL(LSA_E_UNSUPPORTED, "%s: mlp_layer_types[%d] is '%s', expected hash_moe or moe", r->where, l, t ? t : "?");
+                LSA_FAIL(LSA_E_UNSUPPORTED, "%s: mlp_layer_types[%d] is '%s', expected hash_moe or moe",
+                         r->where, l, t ? t : "?");
             c->hash_moe[l] = !strcmp(t, "hash_moe");
         }
     } else {
@@ -150,7 +171,8 @@ static lsa_status read_rope(lsa_teacher_config *c, const reader *r) {
     lsa_status st = LSA_OK;
     lsa_err *err = r->err;
     lsa_rope *m = &c->rope_main, *z = &c->rope_compress;
-    *m = (lsa_rope){.dim = c->rope_dim, .factor = 1.0, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
+    *m =
+        (lsa_rope){.dim = c->rope_dim, .factor = 1.0, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
     *z = *m;
     json_t *params = json_object_get(r->o, "rope_parameters");
     json_t *pm = json_object_get(params, "main"), *pc = json_object_get(params, "compress");
@@ -167,9 +189,12 @@ static lsa_status read_rope(lsa_teacher_config *c, const reader *r) {
         LSA_TRY(lsa_json_f64(&z->factor, r->o, "rope_factor", r->where, err));
         LSA_TRY(lsa_json_i64(&z->original_len, r->o, "original_seq_len", r->where, err));
     } else {
-        LSA_FAIL(LSA_E_FORMAT, "%s: no rope_parameters.compress and no rope_scaling: the YaRN constants are unknown", r->where);
+        LSA_FAIL(LSA_E_FORMAT,
+                 "%s: no rope_parameters.compress and no rope_scaling: the YaRN constants are unknown",
+                 r->where);
     }
-    if (!(m->base > 1) || !(z->base > 1) || !(z->factor >= 1) || z->original_len < 1 || !(z->beta_fast > 0) || !(z->beta_slow > 0))
+    if (!(m->base > 1) || !(z->base > 1) || !(z->factor >= 1) || z->original_len < 1 || !(z->beta_fast > 0) ||
+        !(z->beta_slow > 0))
         LSA_FAIL(LSA_E_FORMAT, "%s: RoPE constants out of range", r->where);
 done:
     return st;
@@ -181,8 +206,11 @@ lsa_status lsa_teacher_config_load(lsa_teacher_config *out, const char *path, ls
     memset(out, 0, sizeof *out);
     LSA_TRY(lsa_json_load(&root, path, err));
     const char *arch = json_string_value(json_array_get(json_object_get(root, "architectures"), 0));
-    if ((arch && strstr(arch, "V41")) || json_object_get(root, "kv_source_layer_ids") || json_object_get(root, "text_config"))
-        LSA_FAIL(LSA_E_UNSUPPORTED, "%s: this is a DeepSeek-V4.1 model; only V4 (Flash, Pro and their geometry) is supported", path);
+    if ((arch && strstr(arch, "V41")) || json_object_get(root, "kv_source_layer_ids") ||
+        json_object_get(root, "text_config"))
+        LSA_FAIL(LSA_E_UNSUPPORTED,
+                 "%s: this is a DeepSeek-V4.1 model; only V4 (Flash, Pro and their geometry) is supported",
+                 path);
     reader r = {root, path, err};
     LSA_TRY(read_sizes(out, &r));
     LSA_TRY(read_layers(out, &r));

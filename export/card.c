@@ -37,26 +37,38 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
     if (st != LSA_OK) return st;
     const json_t *eval = json_object_get(f->train, "eval"), *recipe = json_object_get(f->train, "recipe");
     say(&t, "# Memory indexer for %s\n\n", str(f->train, "teacher", "a DeepSeek-V4 model"));
-    say(&t, "Predicts which 4-token chunks of the context the next %lld tokens will need (Lookahead Sparse Attention, FlashMemory-DeepSeek-V4), so that a server keeps "
-            "only those on the GPU. Written by lsa %s.\n\n",
+    say(&t,
+        "Predicts which 4-token chunks of the context the next %lld tokens will need (Lookahead Sparse Attention, FlashMemory-DeepSeek-V4), so that a server keeps "
+        "only those on the GPU. Written by lsa %s.\n\n",
         (long long)f->tau, lsa_version());
-    say(&t, "| | |\n|---|---|\n| parameters | %lld, fp32 |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n", (long long)lsa_indexer_n_param(g),
-        g->n_head, g->head_dim, g->rank, g->hidden);
+    say(&t,
+        "| | |\n|---|---|\n| parameters | %lld, fp32 |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
+        (long long)lsa_indexer_n_param(g), g->n_head, g->head_dim, g->rank, g->hidden);
     say(&t, "| joint layers (CSA ordinal = transformer layer) |");
-    for (int32_t l = 0; l < g->n_layer; l++) say(&t, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
-    say(&t, " |\n| RoPE | last %d channels, adjacent pairs, base %g, YaRN factor %g over %lld, beta %g to %g, no magnitude scale |\n", g->rope.dim, g->rope.base, g->rope.factor,
-        (long long)g->rope.original_len, g->rope.beta_fast, g->rope.beta_slow);
-    say(&t, "| after RoPE | Hadamard (Sylvester order) / sqrt(128), on queries as on the stored keys |\n| head weights | scaled by 1/sqrt(128 x heads) |\n");
-    say(&t, "| score | %s |\n| window, always-resident tail | %lld, %lld tokens |\n| threshold | %g on the sigmoid, **not calibrated**: rank, or choose a budget |\n",
-        f->ensemble == LSA_ENSEMBLE_SUM ? "sum of the layers' logits" : f->ensemble == LSA_ENSEMBLE_MEAN ? "mean of the layers' sigmoids" : "maximum of the layers' sigmoids",
+    for (int32_t l = 0; l < g->n_layer; l++)
+        say(&t, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
+    say(&t,
+        " |\n| RoPE | last %d channels, adjacent pairs, base %g, YaRN factor %g over %lld, beta %g to %g, no magnitude scale |\n",
+        g->rope.dim, g->rope.base, g->rope.factor, (long long)g->rope.original_len, g->rope.beta_fast,
+        g->rope.beta_slow);
+    say(&t,
+        "| after RoPE | Hadamard (Sylvester order) / sqrt(128), on queries as on the stored keys |\n| head weights | scaled by 1/sqrt(128 x heads) |\n");
+    say(&t,
+        "| score | %s |\n| window, always-resident tail | %lld, %lld tokens |\n| threshold | %g on the sigmoid, **not calibrated**: rank, or choose a budget |\n",
+        f->ensemble == LSA_ENSEMBLE_SUM    ? "sum of the layers' logits"
+        : f->ensemble == LSA_ENSEMBLE_MEAN ? "mean of the layers' sigmoids"
+                                           : "maximum of the layers' sigmoids",
         (long long)f->tau, (long long)f->tail, f->threshold);
-    say(&t, "| teacher | %s, hash %s |\n| training data | %lld documents, longest %lld tokens, hash %s |\n", str(f->train, "teacher", "?"), str(f->train, "teacher_hash", "?"),
-        (long long)json_integer_value(json_object_get(f->train, "train_documents")), (long long)json_integer_value(json_object_get(f->train, "trained_length")),
+    say(&t, "| teacher | %s, hash %s |\n| training data | %lld documents, longest %lld tokens, hash %s |\n",
+        str(f->train, "teacher", "?"), str(f->train, "teacher_hash", "?"),
+        (long long)json_integer_value(json_object_get(f->train, "train_documents")),
+        (long long)json_integer_value(json_object_get(f->train, "trained_length")),
         str(f->train, "data_hash", "?"));
     say(&t, "| step | %lld |\n\n", (long long)json_integer_value(json_object_get(f->train, "step")));
     if (eval) {
         const json_t *sum = json_object_get(eval, "sum"), *mean = json_object_get(eval, "mean");
-        say(&t, "## Held-out evaluation (all chunks that can be evicted)\n\n| score | precision | recall | F1 | kept | recall@K | captured mass at 5 / 10 / 20 %% |\n|---|---|---|---|---|---|---|\n");
+        say(&t,
+            "## Held-out evaluation (all chunks that can be evicted)\n\n| score | precision | recall | F1 | kept | recall@K | captured mass at 5 / 10 / 20 %% |\n|---|---|---|---|---|---|---|\n");
         const json_t *rows[] = {sum, mean};
         const char *names[] = {"sum of logits", "mean of sigmoids"};
         for (int i = 0; i < 2; i++) {
@@ -64,20 +76,24 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
             say(&t, "| %s |", names[i]);
             for (int j = 0; j < 5; j++) say(&t, " %.4f |", json_number_value(json_object_get(rows[i], k[j])));
             say(&t, " %.4f / %.4f / %.4f |\n", json_number_value(json_object_get(rows[i], "captured_0.05")),
-                json_number_value(json_object_get(rows[i], "captured_0.10")), json_number_value(json_object_get(rows[i], "captured_0.20")));
+                json_number_value(json_object_get(rows[i], "captured_0.10")),
+                json_number_value(json_object_get(rows[i], "captured_0.20")));
         }
         say(&t, "\n");
     }
-    say(&t, "## How to load it\n\n`indexer.safetensors` holds `retrievers.l{ordinal}.wq_a.weight` [rank, hidden], `.wq_b.weight` [heads x 128, rank], `.q_norm_weight` [rank] and "
-            "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage; replay it before serving, or run "
-            "`lsa-export verify` on this folder.\n\n");
-    say(&t, "## Limits\n\nFitted on contexts up to the length above; positions far beyond it were never seen. The hidden vector is the attention input of its layer after "
-            "the input norm, of the token before the window.\n");
+    say(&t,
+        "## How to load it\n\n`indexer.safetensors` holds `retrievers.l{ordinal}.wq_a.weight` [rank, hidden], `.wq_b.weight` [heads x 128, rank], `.q_norm_weight` [rank] and "
+        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage; replay it before serving, or run "
+        "`lsa-export verify` on this folder.\n\n");
+    say(&t,
+        "## Limits\n\nFitted on contexts up to the length above; positions far beyond it were never seen. The hidden vector is the attention input of its layer after "
+        "the input norm, of the token before the window.\n");
     if (recipe) {
         const char *key;
         json_t *v;
         say(&t, "\n## Recipe\n\n```\n");
-        json_object_foreach((json_t *)(uintptr_t)recipe, key, v) say(&t, "%s: %s\n", key, json_string_value(v));
+        json_object_foreach((json_t *)(uintptr_t)recipe, key, v)
+            say(&t, "%s: %s\n", key, json_string_value(v));
         say(&t, "```\n");
     }
     *out = t.s;

@@ -1,4 +1,5 @@
-/* Golden vectors: see golden.h. Inputs are a function of the geometry alone, so equal weights give equal bytes. */
+/* Golden vectors: see golden.h. Inputs are a function of the geometry alone, so equal weights give equal
+ * bytes. */
 #include "export/golden.h"
 
 #include <math.h>
@@ -17,7 +18,7 @@ enum { M = 5, N_KEY = 64, TOP = 16 };
 static const int64_t POSITION[M] = {0, 63, 4095, 65535, 1000000};
 
 typedef struct inputs {
-    float *x; /* [M, d], values exact in bf16 */
+    float *x;     /* [M, d], values exact in bf16 */
     uint8_t *key; /* [N_KEY, 132] */
 } inputs;
 
@@ -58,7 +59,8 @@ static void stages_fini(stages *s) {
 }
 
 /* All stages of one layer on a host context (ref or cpu: their memory is host memory). */
-static lsa_status compute(stages *s, lsa_ctx *ctx, const lsa_indexer_file *f, int32_t l, const float *x, const uint8_t *key, lsa_err *err) {
+static lsa_status compute(stages *s, lsa_ctx *ctx, const lsa_indexer_file *f, int32_t l, const float *x,
+                          const uint8_t *key, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_indexer_geom *g = &f->geom;
     float freq[64], rstd[M];
@@ -73,7 +75,10 @@ static lsa_status compute(stages *s, lsa_ctx *ctx, const lsa_indexer_file *f, in
     LSA_TRY(LSA_NEW(s->z, M * N_KEY, err));
     const lsa_indexer_act act = {s->a, rstd, s->u, s->q, s->w};
     LSA_TRY(lsa_indexer_query(ctx, g, f->params, l, M, x, POSITION, freq, &act, err));
-    LSA_TRY(lsa_indexer_score_fwd(ctx, &(lsa_indexer_score_fwd_args){M, g->n_head, 128, N_KEY, N_KEY, s->q, s->w, key, base, NULL, n_cand, false, s->z}, err));
+    LSA_TRY(lsa_indexer_score_fwd(ctx,
+                                  &(lsa_indexer_score_fwd_args){M, g->n_head, 128, N_KEY, N_KEY, s->q, s->w,
+                                                                key, base, NULL, n_cand, false, s->z},
+                                  err));
 done:
     return st;
 }
@@ -87,7 +92,9 @@ static void combine(float *score, const float *z, const lsa_indexer_file *f) {
             sum += f->ensemble == LSA_ENSEMBLE_SUM ? v : p;
             if (p > max) max = p;
         }
-        score[i] = (float)(f->ensemble == LSA_ENSEMBLE_MAX ? max : f->ensemble == LSA_ENSEMBLE_MEAN ? sum / f->geom.n_layer : sum);
+        score[i] = (float)(f->ensemble == LSA_ENSEMBLE_MAX    ? max
+                           : f->ensemble == LSA_ENSEMBLE_MEAN ? sum / f->geom.n_layer
+                                                              : sum);
     }
 }
 
@@ -116,13 +123,20 @@ lsa_status lsa_golden_vectors_write(const lsa_indexer_file *f, const char *dir, 
             int32_t nd;
             int64_t shape[3];
             const void *p;
-        } part[PER_LAYER] = {{"hidden", LSA_F32, 2, {M, g->hidden}, in[l].x},   {"key", LSA_U8, 2, {N_KEY, LSA_KEY_BYTES}, in[l].key},
-                             {"a", LSA_F32, 2, {M, g->rank}, s[l].a},           {"u", LSA_F32, 2, {M, g->rank}, s[l].u},
-                             {"q", LSA_F32, 3, {M, g->n_head, 128}, s[l].q},    {"w", LSA_F32, 2, {M, g->n_head}, s[l].w},
+        } part[PER_LAYER] = {{"hidden", LSA_F32, 2, {M, g->hidden}, in[l].x},
+                             {"key", LSA_U8, 2, {N_KEY, LSA_KEY_BYTES}, in[l].key},
+                             {"a", LSA_F32, 2, {M, g->rank}, s[l].a},
+                             {"u", LSA_F32, 2, {M, g->rank}, s[l].u},
+                             {"q", LSA_F32, 3, {M, g->n_head, 128}, s[l].q},
+                             {"w", LSA_F32, 2, {M, g->n_head}, s[l].w},
                              {"logit", LSA_F32, 2, {M, N_KEY}, s[l].z}};
         for (int i = 0; i < PER_LAYER; i++, n++) {
             snprintf(name[n], sizeof name[n], "l%d.%s", g->ord[l].v, part[i].what);
-            e[n] = (lsa_st_entry){name[n], part[i].t, part[i].nd, {part[i].shape[0], part[i].shape[1], part[i].shape[2]}, part[i].p};
+            e[n] = (lsa_st_entry){name[n],
+                                  part[i].t,
+                                  part[i].nd,
+                                  {part[i].shape[0], part[i].shape[1], part[i].shape[2]},
+                                  part[i].p};
         }
     }
     combine(score, z, f);
@@ -155,12 +169,15 @@ static double worst_relative(const float *a, const float *b, int64_t n) {
     return worst;
 }
 
-lsa_status lsa_golden_vectors_check(const lsa_indexer_file *f, const char *dir, const char *device, double *worst, lsa_err *err) {
+lsa_status lsa_golden_vectors_check(const lsa_indexer_file *f, const char *dir, const char *device,
+                                    double *worst, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_indexer_geom *g = &f->geom;
     const double limit = 1e-4; /* fp32 path against double accumulation; measured about 2e-6 */
-    static const char *const cause[] = {"wq_a differs, or the hidden vector is read before the norm", "q_norm or its eps", "RoPE layout, base or position, or the Hadamard rotation",
-                                        "weights_proj, or its scale 1/sqrt(128*heads)", "key codec, ReLU or head sum"};
+    static const char *const cause[] = {
+        "wq_a differs, or the hidden vector is read before the norm", "q_norm or its eps",
+        "RoPE layout, base or position, or the Hadamard rotation",
+        "weights_proj, or its scale 1/sqrt(128*heads)", "key codec, ReLU or head sum"};
     static const char *const what[] = {"a", "u", "q", "w", "logit"};
     char path[LSA_PATH_MAX], name[64];
     lsa_st *file = NULL;
@@ -193,14 +210,17 @@ lsa_status lsa_golden_vectors_check(const lsa_indexer_file *f, const char *dir, 
         for (int i = 0; i < 5; i++) {
             float *want = NULL;
             snprintf(name, sizeof name, "l%d.%s", g->ord[l].v, what[i]);
-            const int64_t shape[5][3] = {{M, g->rank}, {M, g->rank}, {M, g->n_head, 128}, {M, g->n_head}, {M, N_KEY}};
+            const int64_t shape[5][3] = {
+                {M, g->rank}, {M, g->rank}, {M, g->n_head, 128}, {M, g->n_head}, {M, N_KEY}};
             LSA_TRY(lsa_st_need(&t, file, name, LSA_F32, i == 2 ? 3 : 2, shape[i], err));
             LSA_TRY(LSA_NEW(want, t->n_elem, err));
             memcpy(want, t->data, t->n_bytes);
             const double d = worst_relative(got[i], want, t->n_elem);
             lsa_free(want);
             if (!(d <= limit))
-                LSA_FAIL(LSA_E_FORMAT, "'%s': layer c%d, stage '%s' is off by %.3g relative (limit %g); likely: %s", path, g->ord[l].v, what[i], d, limit, cause[i]);
+                LSA_FAIL(LSA_E_FORMAT,
+                         "'%s': layer c%d, stage '%s' is off by %.3g relative (limit %g); likely: %s", path,
+                         g->ord[l].v, what[i], d, limit, cause[i]);
             if (d > *worst) *worst = d;
         }
     }
@@ -211,7 +231,11 @@ lsa_status lsa_golden_vectors_check(const lsa_indexer_file *f, const char *dir, 
         int32_t top[TOP], want[TOP];
         lsa_topk(score + i * N_KEY, N_KEY, TOP, NULL, 0, scratch, top);
         memcpy(want, (const char *)t->data + (size_t)i * sizeof want, sizeof want);
-        if (memcmp(top, want, sizeof top)) LSA_FAIL(LSA_E_FORMAT, "'%s': the selection of query %d differs from the recorded one: ensemble rule or tie order", path, i);
+        if (memcmp(top, want, sizeof top))
+            LSA_FAIL(
+                LSA_E_FORMAT,
+                "'%s': the selection of query %d differs from the recorded one: ensemble rule or tie order",
+                path, i);
     }
 done:
     lsa_free(x);

@@ -12,17 +12,22 @@ static lsa_status cmd_write(int argc, char **argv, lsa_err *err) {
     const char *ckpt, *out = NULL, *ensemble = "sum";
     double threshold = 0.5;
     bool force = false;
-    const lsa_opt opts[] = {{"out", "INDEXER", LSA_OPT_STR, &out, "folder to write"},
-                            {"ensemble", "RULE", LSA_OPT_STR, &ensemble, "how servers combine the layers: sum of logits, mean or max of sigmoids (default sum)"},
-                            {"threshold", "X", LSA_OPT_F64, &threshold, "recorded threshold on the sigmoid (default 0.5, uncalibrated)"},
-                            {"force", NULL, LSA_OPT_FLAG, &force, "replace an existing indexer"},
-                            {0}};
+    const lsa_opt opts[] = {
+        {"out", "INDEXER", LSA_OPT_STR, &out, "folder to write"},
+        {"ensemble", "RULE", LSA_OPT_STR, &ensemble,
+         "how servers combine the layers: sum of logits, mean or max of sigmoids (default sum)"},
+        {"threshold", "X", LSA_OPT_F64, &threshold,
+         "recorded threshold on the sigmoid (default 0.5, uncalibrated)"},
+        {"force", NULL, LSA_OPT_FLAG, &force, "replace an existing indexer"},
+        {0}};
     lsa_ensemble e;
-    lsa_cli_parse("Write indexer.safetensors, golden.safetensors and a model card from a checkpoint (a step, latest, best, or a run: its best).", "CKPT", opts, argc,
-                  argv, &ckpt, 1);
+    lsa_cli_parse(
+        "Write indexer.safetensors, golden.safetensors and a model card from a checkpoint (a step, latest, best, or a run: its best).",
+        "CKPT", opts, argc, argv, &ckpt, 1);
     if (!out) LSA_RET_FAIL(LSA_E_ARG, "--out is required; see --help");
     lsa_status st = lsa_ensemble_parse(&e, ensemble, err);
-    if (st == LSA_OK && !(threshold >= 0 && threshold <= 1)) LSA_RET_FAIL(LSA_E_ARG, "--threshold must be in [0, 1], found %g", threshold);
+    if (st == LSA_OK && !(threshold >= 0 && threshold <= 1))
+        LSA_RET_FAIL(LSA_E_ARG, "--threshold must be in [0, 1], found %g", threshold);
     if (st == LSA_OK) st = lsa_export_write(ckpt, out, e, threshold, force, err);
     if (st == LSA_OK) lsa_info("wrote %s/indexer.safetensors, golden.safetensors and README.md", out);
     return st;
@@ -31,15 +36,20 @@ static lsa_status cmd_write(int argc, char **argv, lsa_err *err) {
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
     const char *dir, *ckpt = NULL;
     bool json = false;
-    const lsa_opt opts[] = {{"checkpoint", "CKPT", LSA_OPT_STR, &ckpt, "also compare the tensors with this checkpoint, bit by bit"},
+    const lsa_opt opts[] = {{"checkpoint", "CKPT", LSA_OPT_STR, &ckpt,
+                             "also compare the tensors with this checkpoint, bit by bit"},
                             {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
                             {0}};
     double worst = 0;
     lsa_cli_parse("Replay the golden vectors of an exported indexer.", "INDEXER", opts, argc, argv, &dir, 1);
     lsa_status st = lsa_export_verify(dir, ckpt, &worst, err);
     if (st != LSA_OK) return st;
-    if (json) printf("{\"ok\": true, \"worst_relative\": %.3g, \"checkpoint\": %s}\n", worst, ckpt ? "true" : "false");
-    else printf("ok: every stage within %.2g of the golden vectors%s\n", worst, ckpt ? ", tensors equal to the checkpoint" : "");
+    if (json)
+        printf("{\"ok\": true, \"worst_relative\": %.3g, \"checkpoint\": %s}\n", worst,
+               ckpt ? "true" : "false");
+    else
+        printf("ok: every stage within %.2g of the golden vectors%s\n", worst,
+               ckpt ? ", tensors equal to the checkpoint" : "");
     return LSA_OK;
 }
 
@@ -59,10 +69,12 @@ static lsa_status cmd_card(int argc, char **argv, lsa_err *err) {
 
 static lsa_status cmd_import(int argc, char **argv, lsa_err *err) {
     const char *teacher, *out = NULL, *layers = "all";
-    const lsa_opt opts[] = {{"out", "CKPT", LSA_OPT_STR, &out, "run folder that gets the checkpoint (for lsa-train run --init)"},
-                            {"layers", "LIST", LSA_OPT_STR, &layers, "CSA ordinals: all, or 0,2 (default all)"},
-                            {0}};
-    lsa_cli_parse("Make a checkpoint of a teacher's native indexer weights.", "TEACHER", opts, argc, argv, &teacher, 1);
+    const lsa_opt opts[] = {
+        {"out", "CKPT", LSA_OPT_STR, &out, "run folder that gets the checkpoint (for lsa-train run --init)"},
+        {"layers", "LIST", LSA_OPT_STR, &layers, "CSA ordinals: all, or 0,2 (default all)"},
+        {0}};
+    lsa_cli_parse("Make a checkpoint of a teacher's native indexer weights.", "TEACHER", opts, argc, argv,
+                  &teacher, 1);
     if (!out) LSA_RET_FAIL(LSA_E_ARG, "--out is required; see --help");
     lsa_status st = lsa_export_import(teacher, out, layers, err);
     if (st == LSA_OK) lsa_info("wrote %s/ckpt/step_00000000", out);
@@ -70,10 +82,11 @@ static lsa_status cmd_import(int argc, char **argv, lsa_err *err) {
 }
 
 int main(int argc, char **argv) {
-    static const lsa_subcommand subs[] = {{"write", "checkpoint -> indexer folder", cmd_write},
-                                          {"verify", "replay the golden vectors of an indexer folder", cmd_verify},
-                                          {"card", "print the model card", cmd_card},
-                                          {"import", "a teacher's native indexer -> checkpoint", cmd_import},
-                                          {0}};
+    static const lsa_subcommand subs[] = {
+        {"write", "checkpoint -> indexer folder", cmd_write},
+        {"verify", "replay the golden vectors of an indexer folder", cmd_verify},
+        {"card", "print the model card", cmd_card},
+        {"import", "a teacher's native indexer -> checkpoint", cmd_import},
+        {0}};
     return lsa_cli_main("lsa-export", "ship memory indexers to serving", subs, argc, argv);
 }

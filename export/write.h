@@ -4,14 +4,20 @@
 
 #include "data/indexer_file.h"
 
-/* Writes INDEXER/ (indexer.safetensors, golden.safetensors, README.md) as a temporary folder that is renamed at the end.
- * Equal checkpoints give equal bytes. force: replace an existing indexer; any other existing folder is refused. */
-LSA_NODISCARD lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ensemble, double threshold, bool force, lsa_err *err);
+/* Writes INDEXER/ (indexer.safetensors, golden.safetensors, README.md) as a temporary folder that is renamed
+ * at the end. Equal checkpoints give equal bytes. force: replace an existing indexer; any other existing
+ * folder is refused. */
+LSA_NODISCARD lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ensemble,
+                                          double threshold, bool force, lsa_err *err);
 
-/* Golden vectors, names, shapes, finiteness; and against `ckpt` bit by bit unless NULL. *worst: largest difference of a stage. */
-LSA_NODISCARD lsa_status lsa_export_verify(const char *indexer, const char *ckpt, double *worst, lsa_err *err);
+/* Golden vectors, names, shapes, finiteness; and against `ckpt` bit by bit unless NULL. *worst: largest
+ * difference of a stage. */
+LSA_NODISCARD lsa_status lsa_export_verify(const char *indexer, const char *ckpt, double *worst,
+                                           lsa_err *err);
 
-/* RUN/ckpt with the native indexer weights of a teacher: same heads and rank, every CSA layer or the listed ordinals. */
-LSA_NODISCARD lsa_status lsa_export_import(const char *teacher, const char *out, const char *layers, lsa_err *err);
+/* RUN/ckpt with the native indexer weights of a teacher: same heads and rank, every CSA layer or the listed
+ * ordinals. */
+LSA_NODISCARD lsa_status lsa_export_import(const char *teacher, const char *out, const char *layers,
+                                           lsa_err *err);
 
 #endif

@@ -1,11 +1,11 @@
-/* Softmax attention of one token over gathered rows, with a sink per head (architecture notes 5.4). One row serves as
- * key and value of all heads. */
+/* Softmax attention of one token over gathered rows, with a sink per head (architecture notes 5.4). One row
+ * serves as key and value of all heads. */
 #include "infer/engine.h"
 #include "infer/numeric.h"
 
 /* Scores of all heads, then probabilities in place; returns the mean sink mass. */
-static float softmax_rows(const lsa_engine *e, const layer_weights *w, const float *q, const float *const *row, int64_t n_row,
-                          float *score) {
+static float softmax_rows(const lsa_engine *e, const layer_weights *w, const float *q,
+                          const float *const *row, int64_t n_row, float *score) {
     const int64_t H = e->c.n_head, D = e->c.head_dim;
     const float f = 1.0f / sqrtf((float)D);
     float sink_sum = 0.0f;
@@ -24,8 +24,8 @@ static float softmax_rows(const lsa_engine *e, const layer_weights *w, const flo
     return sink_sum / (float)H;
 }
 
-float lsa_attend_rows(const lsa_engine *e, const layer_weights *w, const float *q, const float *const *row, int64_t n_row,
-                      float *score, float *o) {
+float lsa_attend_rows(const lsa_engine *e, const layer_weights *w, const float *q, const float *const *row,
+                      int64_t n_row, float *score, float *o) {
     const int64_t H = e->c.n_head, D = e->c.head_dim;
     float sink = softmax_rows(e, w, q, row, n_row, score);
     for (int64_t i = 0; i < H * D; i++) o[i] = 0.0f;
@@ -38,8 +38,8 @@ float lsa_attend_rows(const lsa_engine *e, const layer_weights *w, const float *
     return sink;
 }
 
-void lsa_dense_mass(const lsa_engine *e, const layer_weights *w, const float *q, const float *const *win, int64_t n_win,
-                    const float *rows, int64_t n_visible, float *score, float *dense) {
+void lsa_dense_mass(const lsa_engine *e, const layer_weights *w, const float *q, const float *const *win,
+                    int64_t n_win, const float *rows, int64_t n_visible, float *score, float *dense) {
     const int64_t H = e->c.n_head, D = e->c.head_dim;
     const float f = 1.0f / sqrtf((float)D);
     for (int64_t s = 0; s < n_visible; s++) dense[s] = 0.0f;

@@ -1,13 +1,15 @@
 /* Compressors (architecture notes 6): m tokens become one entry by a per-channel softmax over gates.
  *
- * With two roles (CSA) the lo half of a token's channels serves the entry after its own, the hi half its own entry:
- * entry i pools lo of tokens 4i-4..4i-1 and hi of 4i..4i+3. Swapping the halves stays fluent and fails far away. */
+ * With two roles (CSA) the lo half of a token's channels serves the entry after its own, the hi half its own
+ * entry: entry i pools lo of tokens 4i-4..4i-1 and hi of 4i..4i+3. Swapping the halves stays fluent and fails
+ * far away. */
 #include "infer/engine.h"
 #include "infer/numeric.h"
 
 #define MAX_DIM 4096
 
-void lsa_compress_entry(const lsa_engine *e, const compressor_weights *w, const float *proj, int64_t base, int64_t i, float *out) {
+void lsa_compress_entry(const lsa_engine *e, const compressor_weights *w, const float *proj, int64_t base,
+                        int64_t i, float *out) {
     const int64_t c = w->width, kc = (int64_t)w->roles * c, m = w->ratio;
     const int64_t own = m * i - base; /* proj row of the window's first token */
     const int64_t first = w->roles == 2 && i > 0 ? own - m : own, last = own + m;

@@ -40,7 +40,8 @@ done:
     return st;
 }
 
-static lsa_status read_compressor(const loader *l, compressor_weights *w, const char *prefix, int32_t ratio, int32_t width) {
+static lsa_status read_compressor(const loader *l, compressor_weights *w, const char *prefix, int32_t ratio,
+                                  int32_t width) {
     lsa_status st = LSA_OK;
     char s[96];
     w->ratio = ratio;
@@ -58,7 +59,8 @@ done:
 static lsa_status read_x_projections(const loader *l, layer_weights *w, lsa_layer_kind kind) {
     const lsa_teacher_config *c = &l->e->c;
     lsa_status st = LSA_OK;
-    const int64_t d = c->hidden, kc = (int64_t)w->comp.roles * c->head_dim, ki = 2 * (int64_t)c->index_head_dim;
+    const int64_t d = c->hidden, kc = (int64_t)w->comp.roles * c->head_dim,
+                  ki = 2 * (int64_t)c->index_head_dim;
     struct {
         const char *name;
         int64_t rows;
@@ -99,8 +101,10 @@ static lsa_status read_moe(const loader *l, layer_weights *w) {
     LSA_TRY(lsa_alloc_((void **)&w->w2, (E + 1) * d * m, sizeof(float), "experts", err));
     for (int64_t i = 0; i <= E; i++) {
         char who[48];
-        if (i < E) snprintf(who, sizeof who, "experts.%lld", (long long)i);
-        else snprintf(who, sizeof who, "shared_experts");
+        if (i < E)
+            snprintf(who, sizeof who, "experts.%lld", (long long)i);
+        else
+            snprintf(who, sizeof who, "shared_experts");
         snprintf(s, sizeof s, "ffn.%s.w1.weight", who);
         LSA_TRY(read_into(l, w->w13 + i * 2 * m * d, s, m, d));
         snprintf(s, sizeof s, "ffn.%s.w3.weight", who);
@@ -110,12 +114,13 @@ static lsa_status read_moe(const loader *l, layer_weights *w) {
     }
     if (c->hash_moe[l->layer]) {
         snprintf(s, sizeof s, "layers.%d.ffn.gate.tid2eid", l->layer);
-        LSA_TRY(lsa_alloc_((void **)&w->tid2eid, (int64_t)c->vocab * c->n_expert_tok, sizeof(int64_t), s, err));
+        LSA_TRY(
+            lsa_alloc_((void **)&w->tid2eid, (int64_t)c->vocab * c->n_expert_tok, sizeof(int64_t), s, err));
         LSA_TRY(lsa_teacher_i64(w->tid2eid, l->e->teacher, s, c->vocab, c->n_expert_tok, err));
         for (int64_t i = 0; i < (int64_t)c->vocab * c->n_expert_tok; i++)
             if (w->tid2eid[i] < 0 || w->tid2eid[i] >= E)
-                LSA_FAIL(LSA_E_FORMAT, "tensor '%s': element %lld is %lld, must be in [0, %lld]", s, (long long)i,
-                         (long long)w->tid2eid[i], (long long)E - 1);
+                LSA_FAIL(LSA_E_FORMAT, "tensor '%s': element %lld is %lld, must be in [0, %lld]", s,
+                         (long long)i, (long long)w->tid2eid[i], (long long)E - 1);
     } else {
         LSA_TRY(read_new(l, &w->gate_bias, "ffn.gate.bias", 1, E));
     }
@@ -144,9 +149,11 @@ static lsa_status read_layer(const loader *l) {
     if (kind == LSA_LAYER_CSA)
         LSA_TRY(read_compressor(l, &w->icomp, "attn.indexer.compressor", LSA_CHUNK, c->index_head_dim));
     LSA_TRY(read_x_projections(l, w, kind));
-    LSA_TRY(lsa_alloc_((void **)&w->wq, (HD + (kind == LSA_LAYER_CSA ? ID : 0)) * c->q_rank, sizeof(float), "wq_b", err));
+    LSA_TRY(lsa_alloc_((void **)&w->wq, (HD + (kind == LSA_LAYER_CSA ? ID : 0)) * c->q_rank, sizeof(float),
+                       "wq_b", err));
     LSA_TRY(read_into(l, w->wq, "attn.wq_b.weight", HD, c->q_rank));
-    if (kind == LSA_LAYER_CSA) LSA_TRY(read_into(l, w->wq + HD * c->q_rank, "attn.indexer.wq_b.weight", ID, c->q_rank));
+    if (kind == LSA_LAYER_CSA)
+        LSA_TRY(read_into(l, w->wq + HD * c->q_rank, "attn.indexer.wq_b.weight", ID, c->q_rank));
     LSA_TRY(read_moe(l, w));
 done:
     return st;
@@ -163,7 +170,9 @@ lsa_status lsa_engine_open(lsa_engine **out, const char *dir, const lsa_engine_o
     const lsa_teacher_config *c = &e->c;
     const int64_t d = c->hidden, n = c->hc_mult;
     if (c->head_dim > 4096 || c->index_head_dim > 4096 || c->n_expert > 4096 || c->n_expert_tok > 64)
-        LSA_FAIL(LSA_E_UNSUPPORTED, "%s: head size, expert count or experts per token beyond what the engine was written for", dir);
+        LSA_FAIL(LSA_E_UNSUPPORTED,
+                 "%s: head size, expert count or experts per token beyond what the engine was written for",
+                 dir);
     LSA_TRY(LSA_NEW(e->freq_main, c->rope_dim / 2, err));
     LSA_TRY(LSA_NEW(e->freq_comp, c->rope_dim / 2, err));
     lsa_rope_freqs(e->freq_main, &c->rope_main);
@@ -196,13 +205,16 @@ void lsa_engine_close(lsa_engine *e) {
     if (!e) return;
     for (int32_t l = 0; l < e->c.n_layer; l++) {
         layer_weights *w = &e->layer[l];
-        void *p[] = {w->hc_attn.fn, w->hc_attn.base, w->hc_attn.scale, w->hc_ffn.fn, w->hc_ffn.base, w->hc_ffn.scale,
-                     w->attn_norm,  w->ffn_norm,     w->wx,            w->q_norm,    w->kv_norm,     w->sink,
-                     w->wq,         w->wo_a,         w->wo_b,          w->comp.ape,  w->comp.norm,   w->icomp.ape,
-                     w->icomp.norm, w->gate,         w->gate_bias,     w->tid2eid,   w->w13,         w->w2};
+        void *p[] = {w->hc_attn.fn,  w->hc_attn.base, w->hc_attn.scale, w->hc_ffn.fn,
+                     w->hc_ffn.base, w->hc_ffn.scale, w->attn_norm,     w->ffn_norm,
+                     w->wx,          w->q_norm,       w->kv_norm,       w->sink,
+                     w->wq,          w->wo_a,         w->wo_b,          w->comp.ape,
+                     w->comp.norm,   w->icomp.ape,    w->icomp.norm,    w->gate,
+                     w->gate_bias,   w->tid2eid,      w->w13,           w->w2};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     }
-    void *p[] = {e->embed, e->head, e->norm, e->hc_head_fn, e->hc_head_base, e->hc_head_scale, e->freq_main, e->freq_comp};
+    void *p[] = {e->embed,        e->head,          e->norm,      e->hc_head_fn,
+                 e->hc_head_base, e->hc_head_scale, e->freq_main, e->freq_comp};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     lsa_teacher_close(e->teacher);
     lsa_free(e);
@@ -216,7 +228,8 @@ const lsa_teacher *lsa_engine_teacher(const lsa_engine *e) {
 }
 
 int64_t lsa_server_row_bytes(const lsa_teacher_config *c) {
-    /* E4M3 codes of the plain channels, bf16 rotary channels, one scale per 64 plain channels padded to 8, index key */
+    /* E4M3 codes of the plain channels, bf16 rotary channels, one scale per 64 plain channels padded to 8,
+     * index key */
     int64_t plain = c->head_dim - c->rope_dim, scales = (plain + 63) / 64;
     return plain + 2 * (int64_t)c->rope_dim + (scales + 7) / 8 * 8 + LSA_KEY_BYTES;
 }

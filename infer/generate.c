@@ -27,8 +27,8 @@ void lsa_generation_fini(lsa_generation *g) {
     memset(g, 0, sizeof *g);
 }
 
-lsa_status lsa_generate(lsa_generation *g, const lsa_engine *e, const lsa_indexer_file *indexer, const int32_t *prompt, const lsa_generate_opts *o,
-                        lsa_err *err) {
+lsa_status lsa_generate(lsa_generation *g, const lsa_engine *e, const lsa_indexer_file *indexer,
+                        const int32_t *prompt, const lsa_generate_opts *o, lsa_err *err) {
     lsa_status st = LSA_OK;
     enum { CHUNK = 1024 };
     const lsa_teacher_config *c = lsa_engine_config(e);
@@ -52,7 +52,8 @@ lsa_status lsa_generate(lsa_generation *g, const lsa_engine *e, const lsa_indexe
     if (!o->full) LSA_TRY(lsa_recall_create(&r, indexer, e, chunks, err));
     double t0 = lsa_now_s(), frac = 0;
     for (int64_t t = 0; t < o->n_prompt; t += CHUNK)
-        LSA_TRY(lsa_session_forward(s, prompt + t, lsa_min_i64(CHUNK, o->n_prompt - t), logits, true, NULL, err));
+        LSA_TRY(
+            lsa_session_forward(s, prompt + t, lsa_min_i64(CHUNK, o->n_prompt - t), logits, true, NULL, err));
     g->prefill_s = lsa_now_s() - t0;
     t0 = lsa_now_s();
     for (int64_t i = 0; i < o->n_new && !lsa_stop_requested(); i++) {
@@ -63,7 +64,9 @@ lsa_status lsa_generate(lsa_generation *g, const lsa_engine *e, const lsa_indexe
             const lsa_keep_rule rule = {.budget = o->budget, .threshold = -1, .sink = o->sink};
             if (ev > 0) {
                 LSA_TRY(lsa_recall_score(r, s, score, ev, err));
-                frac += (double)lsa_keep(kept, score, ev, &rule, indexer->ensemble == LSA_ENSEMBLE_SUM, scratch, sel) / (double)ev;
+                frac += (double)lsa_keep(kept, score, ev, &rule, indexer->ensemble == LSA_ENSEMBLE_SUM,
+                                         scratch, sel) /
+                        (double)ev;
                 g->decisions++;
             }
             lsa_session_set_resident(s, ev > 0 ? kept : NULL, ev);

@@ -17,11 +17,18 @@ static lsa_status parse_policies(lsa_validate_opts *o, const char *text, lsa_err
     for (const char *p = text; *p;) {
         const size_t n = strcspn(p, ",");
         int k = 0;
-        while (k < LSA_N_POLICY && (strlen(lsa_policy_name((lsa_policy)k)) != n || strncmp(p, lsa_policy_name((lsa_policy)k), n))) k++;
+        while (k < LSA_N_POLICY &&
+               (strlen(lsa_policy_name((lsa_policy)k)) != n || strncmp(p, lsa_policy_name((lsa_policy)k), n)))
+            k++;
         if (n == 5 && !strncmp(p, "quest", 5))
-            LSA_RET_FAIL(LSA_E_UNSUPPORTED, "policy quest is not in this version; use full, dense, lsa, oracle, recency, random, untrained, last, last-spread");
+            LSA_RET_FAIL(
+                LSA_E_UNSUPPORTED,
+                "policy quest is not in this version; use full, dense, lsa, oracle, recency, random, untrained, last, last-spread");
         if (k == LSA_N_POLICY)
-            LSA_RET_FAIL(LSA_E_ARG, "--policy '%.*s' is unknown; expected full, dense, lsa, oracle, recency, random, untrained, last, last-spread", (int)n, p);
+            LSA_RET_FAIL(
+                LSA_E_ARG,
+                "--policy '%.*s' is unknown; expected full, dense, lsa, oracle, recency, random, untrained, last, last-spread",
+                (int)n, p);
         o->policy[k] = true;
         p += n + (p[n] != 0);
     }
@@ -33,7 +40,10 @@ static lsa_status parse_budgets(lsa_validate_opts *o, const char *text, lsa_err 
         char *end;
         const double v = strtod(p, &end);
         if (end == p || (*end && *end != ',') || !(v > 0 && v <= 1) || o->n_budget == LSA_MAX_BUDGET)
-            LSA_RET_FAIL(LSA_E_ARG, "--budget '%s': expected at most %d fractions in (0, 1] with commas between, such as 0.05,0.10", text, LSA_MAX_BUDGET);
+            LSA_RET_FAIL(
+                LSA_E_ARG,
+                "--budget '%s': expected at most %d fractions in (0, 1] with commas between, such as 0.05,0.10",
+                text, LSA_MAX_BUDGET);
         o->budget[o->n_budget++] = v;
         p = *end ? end + 1 : end;
     }
@@ -42,7 +52,9 @@ static lsa_status parse_budgets(lsa_validate_opts *o, const char *text, lsa_err 
 
 static lsa_status check_device(const char *device, lsa_err *err) {
     if (strcmp(device, "auto") && strcmp(device, "cpu"))
-        LSA_RET_FAIL(LSA_E_DEVICE, "--device %s: the decoder runs on the CPU only in this version; use --device cpu", device);
+        LSA_RET_FAIL(LSA_E_DEVICE,
+                     "--device %s: the decoder runs on the CPU only in this version; use --device cpu",
+                     device);
     return LSA_OK;
 }
 
@@ -50,41 +62,53 @@ static void check_teacher(const lsa_indexer_file *f, const lsa_engine *e) {
     char hex[17];
     const char *want = json_string_value(json_object_get(f->train, "teacher_hash"));
     lsa_hex64(hex, lsa_teacher_hash(lsa_engine_teacher(e)));
-    if (want && strcmp(want, hex)) lsa_warn("the indexer was trained on teacher %s, this one is %s: same shapes, other weights", want, hex);
+    if (want && strcmp(want, hex))
+        lsa_warn("the indexer was trained on teacher %s, this one is %s: same shapes, other weights", want,
+                 hex);
 }
 
 static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_validate_opts o = {.tau = 64, .tail = 256, .threshold = -1, .seed = 1, .logits_mib = 4096};
-    const char *teacher = NULL, *tokens = NULL, *needs = NULL, *documents = NULL, *indexer = NULL, *policy = "full,lsa,recency", *budget = "0.10", *report = NULL, *device = "auto";
+    const char *teacher = NULL, *tokens = NULL, *needs = NULL, *documents = NULL, *indexer = NULL,
+               *policy = "full,lsa,recency", *budget = "0.10", *report = NULL, *device = "auto";
     int64_t seed = 1;
     bool json = false;
-    const lsa_opt opts[] = {{"teacher", "DIR", LSA_OPT_STR, &teacher, "folder with config.json and safetensors"},
-                            {"tokens", "FILE", LSA_OPT_STR, &tokens, "token ids: .u16, .u32 or .jsonl"},
-                            {"needs", "FILE", LSA_OPT_STR, &needs, "index of planted needs (planted files always need it)"},
-                            {"documents", "A:B", LSA_OPT_STR, &documents, "half-open range of documents, from 0 (default: all)"},
-                            {"indexer", "INDEXER", LSA_OPT_STR, &indexer, "exported indexer, for policy lsa"},
-                            {"policy", "LIST", LSA_OPT_STR, &policy, "full,dense,lsa,oracle,recency,random,untrained,last,last-spread (default full,lsa,recency)"},
-                            {"budget", "LIST", LSA_OPT_STR, &budget, "fractions of the evictable chunks that stay (default 0.10)"},
-                            {"threshold", "X", LSA_OPT_F64, &o.threshold, "lsa and untrained keep chunks whose sigmoid exceeds this, instead of a budget"},
-                            {"top-k", "K", LSA_OPT_I64, &o.top_k, "lsa and untrained keep this many chunks, instead of a budget"},
-                            {"tau", "N", LSA_OPT_I64, &o.tau, "tokens a window lasts (default 64)"},
-                            {"tail", "N", LSA_OPT_I64, &o.tail, "newest tokens that are always resident (default 256)"},
-                            {"sink", "N", LSA_OPT_I64, &o.sink, "first chunks that are always resident (default 0)"},
-                            {"seed", "N", LSA_OPT_I64, &seed, "of the random policy and the untrained indexer (default 1)"},
-                            {"logits-mib", "N", LSA_OPT_I64, &o.logits_mib, "memory for the full run's logits; KL is left out beyond it (default 4096)"},
-                            {"report", "DIR", LSA_OPT_STR, &report, "write report.json and report.html there"},
-                            {"device", "auto|cpu", LSA_OPT_STR, &device, "where to decode (default auto)"},
-                            {"json", NULL, LSA_OPT_FLAG, &json, "one JSON line per policy and budget instead of the table"},
-                            {0}};
+    const lsa_opt opts[] = {
+        {"teacher", "DIR", LSA_OPT_STR, &teacher, "folder with config.json and safetensors"},
+        {"tokens", "FILE", LSA_OPT_STR, &tokens, "token ids: .u16, .u32 or .jsonl"},
+        {"needs", "FILE", LSA_OPT_STR, &needs, "index of planted needs (planted files always need it)"},
+        {"documents", "A:B", LSA_OPT_STR, &documents, "half-open range of documents, from 0 (default: all)"},
+        {"indexer", "INDEXER", LSA_OPT_STR, &indexer, "exported indexer, for policy lsa"},
+        {"policy", "LIST", LSA_OPT_STR, &policy,
+         "full,dense,lsa,oracle,recency,random,untrained,last,last-spread (default full,lsa,recency)"},
+        {"budget", "LIST", LSA_OPT_STR, &budget,
+         "fractions of the evictable chunks that stay (default 0.10)"},
+        {"threshold", "X", LSA_OPT_F64, &o.threshold,
+         "lsa and untrained keep chunks whose sigmoid exceeds this, instead of a budget"},
+        {"top-k", "K", LSA_OPT_I64, &o.top_k, "lsa and untrained keep this many chunks, instead of a budget"},
+        {"tau", "N", LSA_OPT_I64, &o.tau, "tokens a window lasts (default 64)"},
+        {"tail", "N", LSA_OPT_I64, &o.tail, "newest tokens that are always resident (default 256)"},
+        {"sink", "N", LSA_OPT_I64, &o.sink, "first chunks that are always resident (default 0)"},
+        {"seed", "N", LSA_OPT_I64, &seed, "of the random policy and the untrained indexer (default 1)"},
+        {"logits-mib", "N", LSA_OPT_I64, &o.logits_mib,
+         "memory for the full run's logits; KL is left out beyond it (default 4096)"},
+        {"report", "DIR", LSA_OPT_STR, &report, "write report.json and report.html there"},
+        {"device", "auto|cpu", LSA_OPT_STR, &device, "where to decode (default auto)"},
+        {"json", NULL, LSA_OPT_FLAG, &json, "one JSON line per policy and budget instead of the table"},
+        {0}};
     lsa_engine *e = NULL;
     lsa_docs *d = NULL;
     lsa_indexer_file f = {0};
     lsa_validation v = {0};
-    lsa_cli_parse("Run documents through the teacher under several policies of what stays resident, and compare.", "", opts, argc, argv, NULL, 0);
+    lsa_cli_parse(
+        "Run documents through the teacher under several policies of what stays resident, and compare.", "",
+        opts, argc, argv, NULL, 0);
     if (!teacher || !tokens) LSA_FAIL(LSA_E_ARG, "--teacher and --tokens are required; see --help");
     if (o.tau < 1 || o.tau > 4096 || o.tail < 0 || o.sink < 0 || o.top_k < 0 || o.threshold > 1)
-        LSA_FAIL(LSA_E_ARG, "--tau must be in [1, 4096], --tail, --sink and --top-k not negative, --threshold at most 1");
+        LSA_FAIL(
+            LSA_E_ARG,
+            "--tau must be in [1, 4096], --tail, --sink and --top-k not negative, --threshold at most 1");
     if (o.top_k > 0 && o.threshold >= 0) LSA_FAIL(LSA_E_ARG, "--top-k and --threshold exclude each other");
     o.seed = (uint64_t)seed;
     LSA_TRY(check_device(device, err));
@@ -114,7 +138,8 @@ static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
         int64_t longest = 0;
         for (int64_t i = 0; i < lsa_docs_count(d); i++)
             if (lsa_docs_at(d, i)->n_token > longest) longest = lsa_docs_at(d, i)->n_token;
-        const lsa_report_about about = {lsa_teacher_name(lsa_engine_teacher(e)), tokens, indexer, lsa_docs_count(d), longest, &o};
+        const lsa_report_about about = {
+            lsa_teacher_name(lsa_engine_teacher(e)), tokens, indexer, lsa_docs_count(d), longest, &o};
         LSA_TRY(lsa_report_write(&v, &about, report, err));
         lsa_info("wrote %s/report.html and report.json", report);
     }
@@ -135,23 +160,26 @@ static void print_text(const lsa_vocab *v, const int32_t *token, int64_t n) {
 static lsa_status cmd_generate(int argc, char **argv, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_generate_opts o = {.n_prompt = 1024, .n_new = 64, .tau = 64, .tail = 256, .budget = 0.10};
-    const char *teacher = NULL, *tokens = NULL, *needs = NULL, *documents = "0:1", *indexer = NULL, *policy = NULL, *device = "auto";
+    const char *teacher = NULL, *tokens = NULL, *needs = NULL, *documents = "0:1", *indexer = NULL,
+               *policy = NULL, *device = "auto";
     bool json = false;
-    const lsa_opt opts[] = {{"teacher", "DIR", LSA_OPT_STR, &teacher, "folder with config.json, safetensors and tokenizer.json"},
-                            {"tokens", "FILE", LSA_OPT_STR, &tokens, "token ids: .u16, .u32 or .jsonl"},
-                            {"needs", "FILE", LSA_OPT_STR, &needs, "index of planted needs"},
-                            {"documents", "I:I+1", LSA_OPT_STR, &documents, "the document whose beginning is the prompt (default 0:1)"},
-                            {"prompt", "N", LSA_OPT_I64, &o.n_prompt, "tokens of the prompt (default 1024)"},
-                            {"new", "N", LSA_OPT_I64, &o.n_new, "tokens to generate (default 64)"},
-                            {"indexer", "INDEXER", LSA_OPT_STR, &indexer, "exported indexer"},
-                            {"policy", "full|lsa", LSA_OPT_STR, &policy, "default: lsa with --indexer, full without"},
-                            {"budget", "X", LSA_OPT_F64, &o.budget, "fraction of the evictable chunks that stay (default 0.10)"},
-                            {"tau", "N", LSA_OPT_I64, &o.tau, "tokens between decisions (default 64)"},
-                            {"tail", "N", LSA_OPT_I64, &o.tail, "newest tokens that are always resident (default 256)"},
-                            {"sink", "N", LSA_OPT_I64, &o.sink, "first chunks that are always resident (default 0)"},
-                            {"device", "auto|cpu", LSA_OPT_STR, &device, "where to decode (default auto)"},
-                            {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
-                            {0}};
+    const lsa_opt opts[] = {
+        {"teacher", "DIR", LSA_OPT_STR, &teacher, "folder with config.json, safetensors and tokenizer.json"},
+        {"tokens", "FILE", LSA_OPT_STR, &tokens, "token ids: .u16, .u32 or .jsonl"},
+        {"needs", "FILE", LSA_OPT_STR, &needs, "index of planted needs"},
+        {"documents", "I:I+1", LSA_OPT_STR, &documents,
+         "the document whose beginning is the prompt (default 0:1)"},
+        {"prompt", "N", LSA_OPT_I64, &o.n_prompt, "tokens of the prompt (default 1024)"},
+        {"new", "N", LSA_OPT_I64, &o.n_new, "tokens to generate (default 64)"},
+        {"indexer", "INDEXER", LSA_OPT_STR, &indexer, "exported indexer"},
+        {"policy", "full|lsa", LSA_OPT_STR, &policy, "default: lsa with --indexer, full without"},
+        {"budget", "X", LSA_OPT_F64, &o.budget, "fraction of the evictable chunks that stay (default 0.10)"},
+        {"tau", "N", LSA_OPT_I64, &o.tau, "tokens between decisions (default 64)"},
+        {"tail", "N", LSA_OPT_I64, &o.tail, "newest tokens that are always resident (default 256)"},
+        {"sink", "N", LSA_OPT_I64, &o.sink, "first chunks that are always resident (default 0)"},
+        {"device", "auto|cpu", LSA_OPT_STR, &device, "where to decode (default auto)"},
+        {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
+        {0}};
     lsa_engine *e = NULL;
     lsa_docs *d = NULL;
     lsa_indexer_file f = {0};
@@ -160,7 +188,8 @@ static lsa_status cmd_generate(int argc, char **argv, lsa_err *err) {
     char path[LSA_PATH_MAX];
     lsa_cli_parse("Generate greedily after the beginning of a document.", "", opts, argc, argv, NULL, 0);
     if (!teacher || !tokens) LSA_FAIL(LSA_E_ARG, "--teacher and --tokens are required; see --help");
-    if (policy && strcmp(policy, "full") && strcmp(policy, "lsa")) LSA_FAIL(LSA_E_ARG, "--policy '%s': expected full or lsa", policy);
+    if (policy && strcmp(policy, "full") && strcmp(policy, "lsa"))
+        LSA_FAIL(LSA_E_ARG, "--policy '%s': expected full or lsa", policy);
     o.full = policy ? !strcmp(policy, "full") : !indexer;
     if (!o.full && !indexer) LSA_FAIL(LSA_E_ARG, "policy lsa needs --indexer");
     if (!(o.budget > 0 && o.budget <= 1) || o.tau < 1 || o.tail < 0 || o.sink < 0)
@@ -170,13 +199,17 @@ static lsa_status cmd_generate(int argc, char **argv, lsa_err *err) {
     LSA_TRY(lsa_engine_open(&e, teacher, NULL, err));
     LSA_TRY(lsa_docs_open(&d, tokens, needs, documents, lsa_engine_config(e)->vocab, err));
     const lsa_doc *doc = lsa_docs_at(d, 0);
-    if (o.n_prompt > doc->n_token) LSA_FAIL(LSA_E_ARG, "--prompt %lld exceeds the document's %lld tokens", (long long)o.n_prompt, (long long)doc->n_token);
+    if (o.n_prompt > doc->n_token)
+        LSA_FAIL(LSA_E_ARG, "--prompt %lld exceeds the document's %lld tokens", (long long)o.n_prompt,
+                 (long long)doc->n_token);
     if (!o.full) check_teacher(&f, e);
     LSA_TRY(lsa_generate(&g, e, o.full ? NULL : &f, doc->token, &o, err));
     if (json) {
-        printf("{\"policy\": \"%s\", \"prompt\": %lld, \"kept\": %.6f, \"decisions\": %lld, \"misses\": %lld, \"prefill_tokens_per_s\": %.1f, \"tokens_per_s\": %.1f, \"tokens\": [",
-               o.full ? "full" : "lsa", (long long)o.n_prompt, g.kept_frac, (long long)g.decisions, (long long)g.misses, (double)o.n_prompt / (g.prefill_s + 1e-9),
-               (double)g.n / (g.decode_s + 1e-9));
+        printf(
+            "{\"policy\": \"%s\", \"prompt\": %lld, \"kept\": %.6f, \"decisions\": %lld, \"misses\": %lld, \"prefill_tokens_per_s\": %.1f, \"tokens_per_s\": %.1f, \"tokens\": [",
+            o.full ? "full" : "lsa", (long long)o.n_prompt, g.kept_frac, (long long)g.decisions,
+            (long long)g.misses, (double)o.n_prompt / (g.prefill_s + 1e-9),
+            (double)g.n / (g.decode_s + 1e-9));
         for (int64_t i = 0; i < g.n; i++) printf("%s%d", i ? ", " : "", g.token[i]);
         printf("]}\n");
         goto done;
@@ -192,8 +225,10 @@ static lsa_status cmd_generate(int argc, char **argv, lsa_err *err) {
     } else {
         for (int64_t i = 0; i < g.n; i++) printf("%d%s", g.token[i], i + 1 < g.n ? " " : "\n");
     }
-    lsa_info("%s: %lld tokens after a prompt of %lld, %.0f tokens/s; %.1f %% of the evictable chunks resident, %lld decisions, %lld misses", o.full ? "full" : "lsa",
-             (long long)g.n, (long long)o.n_prompt, (double)g.n / (g.decode_s + 1e-9), 100 * g.kept_frac, (long long)g.decisions, (long long)g.misses);
+    lsa_info(
+        "%s: %lld tokens after a prompt of %lld, %.0f tokens/s; %.1f %% of the evictable chunks resident, %lld decisions, %lld misses",
+        o.full ? "full" : "lsa", (long long)g.n, (long long)o.n_prompt, (double)g.n / (g.decode_s + 1e-9),
+        100 * g.kept_frac, (long long)g.decisions, (long long)g.misses);
 done:
     lsa_vocab_close(vocab);
     lsa_generation_fini(&g);
@@ -204,8 +239,10 @@ done:
 }
 
 int main(int argc, char **argv) {
-    static const lsa_subcommand subs[] = {{"validate", "compare policies of what stays resident", cmd_validate},
-                                          {"generate", "generate text with full or sparse attention", cmd_generate},
-                                          {0}};
-    return lsa_cli_main("lsa-decode", "sparse-attention decoder that proves an exported indexer", subs, argc, argv);
+    static const lsa_subcommand subs[] = {
+        {"validate", "compare policies of what stays resident", cmd_validate},
+        {"generate", "generate text with full or sparse attention", cmd_generate},
+        {0}};
+    return lsa_cli_main("lsa-decode", "sparse-attention decoder that proves an exported indexer", subs, argc,
+                        argv);
 }

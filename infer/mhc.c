@@ -1,5 +1,5 @@
-/* Manifold-constrained hyper-connections (architecture notes 4): n residual streams are collapsed into one input by
- * learned weights and expanded again by a doubly-stochastic matrix C.
+/* Manifold-constrained hyper-connections (architecture notes 4): n residual streams are collapsed into one
+ * input by learned weights and expanded again by a doubly-stochastic matrix C.
  *
  * The mistake that would stay silent: applying C untransposed (the sum runs over its first index). */
 #include <string.h>
@@ -14,7 +14,8 @@ static float sigmoid(float v) {
     return 1.0f / (1.0f + expf(-v));
 }
 
-/* Row softmax, then alternating column and row normalisation, ending on columns. c is n x n, row-major, in place. */
+/* Row softmax, then alternating column and row normalisation, ending on columns. c is n x n, row-major, in
+ * place. */
 static void sinkhorn(float *c, int32_t n, int32_t iters, float eps) {
     for (int32_t j = 0; j < n; j++) {
         float m = c[j * n], s = 0.0f;
@@ -47,7 +48,8 @@ static void mix(const float *pre, const float *X, int32_t n, int64_t d, float *y
         for (int64_t i = 0; i < d; i++) y[i] += pre[j] * X[j * d + i];
 }
 
-void lsa_mhc_collapse(const lsa_engine *e, const mhc_weights *w, const float *X, int64_t n, float *z, float *coef, float *out) {
+void lsa_mhc_collapse(const lsa_engine *e, const mhc_weights *w, const float *X, int64_t n, float *z,
+                      float *coef, float *out) {
     const int32_t s = e->c.hc_mult, nz = s * (s + 2);
     const int64_t d = e->c.hidden;
     lsa_gemm_nt(n, nz, s * d, 1.0f, X, s * d, w->fn, s * d, 0.0f, z, nz);
@@ -87,7 +89,8 @@ void lsa_mhc_head(const lsa_engine *e, const float *X, int64_t n, float *z, floa
     lsa_gemm_nt(n, s, s * d, 1.0f, X, s * d, e->hc_head_fn, s * d, 0.0f, z, s);
     for (int64_t t = 0; t < n; t++) {
         float r = stream_rms(e, X + t * s * d, s * d), pre[MAX_STREAMS];
-        for (int32_t j = 0; j < s; j++) pre[j] = sigmoid(z[t * s + j] * r * e->hc_head_scale[0] + e->hc_head_base[j]) + 1e-6f;
+        for (int32_t j = 0; j < s; j++)
+            pre[j] = sigmoid(z[t * s + j] * r * e->hc_head_scale[0] + e->hc_head_base[j]) + 1e-6f;
         mix(pre, X + t * s * d, s, d, out + t * d);
     }
 }

@@ -1,7 +1,7 @@
 /* Mixture of experts (architecture notes 9): router, chosen experts in ascending id, then the shared expert.
  *
- * Tokens of a block are gathered per expert so that each expert is one matrix product. The routing weight is applied
- * before w2, and the clamp is one-sided for the gate and two-sided for the up projection. */
+ * Tokens of a block are gathered per expert so that each expert is one matrix product. The routing weight is
+ * applied before w2, and the clamp is one-sided for the gate and two-sided for the up projection. */
 #include <string.h>
 
 #include "infer/engine.h"
@@ -15,8 +15,8 @@ static float softplus_sqrt(float z) {
 }
 
 /* Expert ids (ascending) and weights of one token. score: router scores [E]. */
-static void route(const lsa_engine *e, int32_t layer, int32_t token, int64_t pos, const float *score, const lsa_taps *taps,
-                  int32_t *id, float *weight) {
+static void route(const lsa_engine *e, int32_t layer, int32_t token, int64_t pos, const float *score,
+                  const lsa_taps *taps, int32_t *id, float *weight) {
     const lsa_teacher_config *c = &e->c;
     const layer_weights *w = &e->layer[layer];
     const int32_t k = c->n_expert_tok;
@@ -41,9 +41,10 @@ static void route(const lsa_engine *e, int32_t layer, int32_t token, int64_t pos
     for (int32_t i = 0; i < k; i++) weight[i] = weight[i] / sum * c->route_scale;
 }
 
-/* y[row] += w2 (weight * silu(clamp(w1 x)) * clamp(w3 x)) for n gathered tokens; row NULL: rows 0..n-1, weight NULL: ones. */
-static void expert(const lsa_engine *e, const layer_weights *w, int32_t id, const float *x, const int32_t *row,
-                   const float *weight, int64_t n, workspace *ws, float *y) {
+/* y[row] += w2 (weight * silu(clamp(w1 x)) * clamp(w3 x)) for n gathered tokens; row NULL: rows 0..n-1,
+ * weight NULL: ones. */
+static void expert(const lsa_engine *e, const layer_weights *w, int32_t id, const float *x,
+                   const int32_t *row, const float *weight, int64_t n, workspace *ws, float *y) {
     const int64_t d = e->c.hidden, m = e->c.moe_dim;
     const float lim = e->c.swiglu_limit > 0.0f ? e->c.swiglu_limit : INFINITY;
     lsa_gemm_nt(n, 2 * m, d, 1.0f, x, d, w->w13 + id * 2 * m * d, d, 0.0f, ws->h13, 2 * m);
@@ -62,8 +63,8 @@ static void expert(const lsa_engine *e, const layer_weights *w, int32_t id, cons
     }
 }
 
-void lsa_moe(const lsa_engine *e, int32_t layer, const float *x, const int32_t *token, int64_t pos, int64_t n, workspace *ws,
-             const lsa_taps *taps, float *y) {
+void lsa_moe(const lsa_engine *e, int32_t layer, const float *x, const int32_t *token, int64_t pos, int64_t n,
+             workspace *ws, const lsa_taps *taps, float *y) {
     const lsa_teacher_config *c = &e->c;
     const layer_weights *w = &e->layer[layer];
     const int64_t d = c->hidden;

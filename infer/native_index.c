@@ -4,8 +4,8 @@
 #include "kernels/core/num.h"
 #include "kernels/cpu/gemm.h"
 
-void lsa_index_logits(const lsa_engine *e, const layer_state *l, const float *iq, const float *iw, int64_t n, int64_t n_key,
-                      float *tile, float *logit, int64_t ld) {
+void lsa_index_logits(const lsa_engine *e, const layer_state *l, const float *iq, const float *iw, int64_t n,
+                      int64_t n_key, float *tile, float *logit, int64_t ld) {
     const int64_t h = e->c.index_n_head, d = e->c.index_head_dim;
     for (int64_t k0 = 0; k0 < n_key; k0 += LSA_KEY_TILE) {
         int64_t nk = lsa_min_i64(LSA_KEY_TILE, n_key - k0);

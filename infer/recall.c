@@ -1,4 +1,8 @@
-/* Level 1: see recall.h. Keys are encoded once, when their chunk is complete; they never change afterwards. */
+/* Level 1: see recall.h. Keys are encoded once, when their chunk is complete; they never change afterwards.
+ *
+ * NUMERIC: hidden vectors are rounded to bf16 and keys to the shard's fp8 codec, as training saw them. The
+ * mistake that would stay silent: scoring with hidden vectors of another run (the full one), where nothing
+ * was ever evicted. */
 #include "infer/recall.h"
 
 #include <math.h>
@@ -19,17 +23,33 @@ struct lsa_recall {
     lsa_indexer_act act;
 };
 
-lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *f, const lsa_engine *e, int64_t max_chunk, lsa_err *err) {
+lsa_status lsa_recall_check(const lsa_indexer_file *f, const lsa_teacher_config *c, lsa_err *err) {
+    const lsa_indexer_geom *g = &f->geom;
+    if (g->n_layer < 1) LSA_RET_FAIL(LSA_E_CONFIG, "the indexer has no layers");
+    if (g->hidden != c->hidden)
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "the indexer reads hidden vectors of %d, the teacher has %d; export one trained for this teacher",
+            g->hidden, c->hidden);
+    if (c->index_head_dim != 128)
+        LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the teacher's index keys have %d channels, memory indexers read 128",
+                     c->index_head_dim);
+    for (int32_t l = 0; l < g->n_layer; l++)
+        if (g->ord[l].v < 0 || g->ord[l].v >= c->n_csa || c->csa_id[g->ord[l].v].v != g->id[l].v)
+            LSA_RET_FAIL(
+                LSA_E_CONFIG,
+                "the indexer has CSA layer %d as transformer layer %d, the teacher does not; it belongs to another model",
+                g->ord[l].v, g->id[l].v);
+    return LSA_OK;
+}
+
+lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *f, const lsa_engine *e,
+                             int64_t max_chunk, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_recall *r = NULL;
-    const lsa_teacher_config *c = lsa_engine_config(e);
     const lsa_indexer_geom *g = &f->geom;
     *out = NULL;
-    if (g->hidden != c->hidden) LSA_RET_FAIL(LSA_E_CONFIG, "the indexer reads hidden vectors of %d, the teacher has %d; export one trained for this teacher", g->hidden, c->hidden);
-    if (c->index_head_dim != 128) LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the teacher's index keys have %d channels, memory indexers read 128", c->index_head_dim);
-    for (int32_t l = 0; l < g->n_layer; l++)
-        if (g->ord[l].v >= c->n_csa || c->csa_id[g->ord[l].v].v != g->id[l].v)
-            LSA_RET_FAIL(LSA_E_CONFIG, "the indexer has CSA layer %d as transformer layer %d, the teacher does not; it belongs to another model", g->ord[l].v, g->id[l].v);
+    LSA_TRY(lsa_recall_check(f, lsa_engine_config(e), err));
     LSA_TRY(LSA_NEW(r, 1, err));
     r->f = f;
     r->max_chunk = max_chunk;
@@ -69,7 +89,8 @@ lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, i
     const int64_t position = lsa_session_position(s) - 1, base = 0;
     const int32_t n_cand = (int32_t)n;
     int64_t n_key = 0;
-    if (n > r->max_chunk || position < 0) LSA_RET_FAIL(LSA_E_BUG, "recall: %lld chunks at position %lld", (long long)n, (long long)position);
+    if (n > r->max_chunk || position < 0)
+        LSA_RET_FAIL(LSA_E_BUG, "recall: %lld chunks at position %lld", (long long)n, (long long)position);
     for (int32_t l = 0; l < g->n_layer; l++) {
         const float *key = lsa_session_keys(s, g->ord[l], &n_key);
         for (int64_t i = r->n_key; i < n; i++) lsa_key_encode(r->key[l] + i * LSA_KEY_BYTES, key + i * 128);
@@ -77,14 +98,22 @@ lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, i
         for (int32_t i = 0; i < g->hidden; i++) r->x[i] = lsa_round_bf16(h[i]); /* as training saw it */
         LSA_TRY(lsa_indexer_query(r->ctx, g, r->f->params, l, 1, r->x, &position, r->freq, &r->act, err));
         LSA_TRY(lsa_indexer_score_fwd(r->ctx,
-                                      &(lsa_indexer_score_fwd_args){1, g->n_head, 128, n, lsa_max_i64(1, n), r->act.q, r->act.w, r->key[l], &base, NULL, &n_cand, false, r->z},
+                                      &(lsa_indexer_score_fwd_args){1, g->n_head, 128, n, lsa_max_i64(1, n),
+                                                                    r->act.q, r->act.w, r->key[l], &base,
+                                                                    NULL, &n_cand, false, r->z},
                                       err));
         for (int64_t i = 0; i < n; i++) {
             const float p = 1.0f / (1.0f + expf(-r->z[i]));
             switch (r->f->ensemble) {
-            case LSA_ENSEMBLE_SUM: score[i] = l ? score[i] + r->z[i] : r->z[i]; break;
-            case LSA_ENSEMBLE_MEAN: score[i] = (l ? score[i] : 0.0f) + p / (float)g->n_layer; break;
-            case LSA_ENSEMBLE_MAX: score[i] = l ? fmaxf(score[i], p) : p; break;
+            case LSA_ENSEMBLE_SUM:
+                score[i] = l ? score[i] + r->z[i] : r->z[i];
+                break;
+            case LSA_ENSEMBLE_MEAN:
+                score[i] = (l ? score[i] : 0.0f) + p / (float)g->n_layer;
+                break;
+            case LSA_ENSEMBLE_MAX:
+                score[i] = l ? fmaxf(score[i], p) : p;
+                break;
             }
         }
     }
@@ -93,7 +122,8 @@ done:
     return st;
 }
 
-int64_t lsa_keep(uint8_t *kept, const float *score, int64_t n, const lsa_keep_rule *rule, bool is_logit, float *scratch, int32_t *sel) {
+int64_t lsa_keep(uint8_t *kept, const float *score, int64_t n, const lsa_keep_rule *rule, bool is_logit,
+                 float *scratch, int32_t *sel) {
     int64_t count = 0;
     memset(kept, 0, (size_t)n);
     if (rule->threshold >= 0) {
@@ -102,7 +132,9 @@ int64_t lsa_keep(uint8_t *kept, const float *score, int64_t n, const lsa_keep_ru
             kept[i] = p > rule->threshold;
         }
     } else {
-        const int64_t k = lsa_topk(score, n, rule->top_k > 0 ? rule->top_k : lsa_budget_chunks(rule->budget, n), NULL, 0, scratch, sel);
+        const int64_t k =
+            lsa_topk(score, n, rule->top_k > 0 ? rule->top_k : lsa_budget_chunks(rule->budget, n), NULL, 0,
+                     scratch, sel);
         for (int64_t i = 0; i < k; i++) kept[sel[i]] = 1;
     }
     for (int64_t i = 0; i < lsa_min_i64(rule->sink, n); i++) kept[i] = 1;

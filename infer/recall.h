@@ -1,7 +1,8 @@
-/* Level 1 of Lookahead Sparse Attention: at a window's start the memory indexer scores every evictable chunk from the hidden
- * vectors of the token before, and a rule keeps some of them.
+/* Level 1 of Lookahead Sparse Attention: at a window's start the memory indexer scores every evictable chunk
+ * from the hidden vectors of the token before, and a rule keeps some of them.
  *
- * One recall belongs to one session and one thread. Source: FlashMemory notes 5.1, 11.1; definitions in the design, 1 and 2. */
+ * One recall belongs to one session and one thread. Source: FlashMemory notes 5.1, 11.1; definitions in the
+ * design, 1 and 2. */
 #ifndef LSA_INFER_RECALL_H
 #define LSA_INFER_RECALL_H
 
@@ -11,23 +12,30 @@
 
 typedef struct lsa_recall lsa_recall;
 
-/* file is borrowed. max_chunk: chunks the session may reach. Refuses an indexer whose hidden size or layers are not the
- * teacher's (LSA_E_CONFIG). */
-LSA_NODISCARD lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *file, const lsa_engine *e, int64_t max_chunk, lsa_err *err);
+/* Refuses an indexer whose hidden size or layers are not the teacher's (LSA_E_CONFIG). */
+LSA_NODISCARD lsa_status lsa_recall_check(const lsa_indexer_file *file, const lsa_teacher_config *c,
+                                          lsa_err *err);
+
+/* file is borrowed. max_chunk: chunks the session may reach. Checks as above. */
+LSA_NODISCARD lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *file,
+                                           const lsa_engine *e, int64_t max_chunk, lsa_err *err);
 void lsa_recall_destroy(lsa_recall *r);
 void lsa_recall_reset(lsa_recall *r); /* with the session */
 
-/* score[n]: ensemble score of chunks 0..n-1 for the window that starts at the session's position; n <= position/4. */
-LSA_NODISCARD lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n, lsa_err *err);
+/* score[n]: ensemble score of chunks 0..n-1 for the window that starts at the session's position; n <=
+ * position/4. */
+LSA_NODISCARD lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n,
+                                          lsa_err *err);
 
-/* Which chunks stay: exactly one of budget (0..1), top_k (> 0) or threshold (>= 0 on the sigmoid of the score; strictly above)
- * decides, the others negative. The first `sink` chunks always stay. */
+/* Which chunks stay: exactly one of budget (0..1), top_k (> 0) or threshold (>= 0 on the sigmoid of the
+ * score; strictly above) decides, the others negative. The first `sink` chunks always stay. */
 typedef struct lsa_keep_rule {
     double budget, threshold;
     int64_t top_k, sink;
 } lsa_keep_rule;
-/* kept[n] = 1 or 0; scratch n floats, sel n ints; returns how many are kept. Ties to the lower index. is_logit: the score is
- * a logit (sum), so a threshold compares its sigmoid. */
-int64_t lsa_keep(uint8_t *kept, const float *score, int64_t n, const lsa_keep_rule *rule, bool is_logit, float *scratch, int32_t *sel);
+/* kept[n] = 1 or 0; scratch n floats, sel n ints; returns how many are kept. Ties to the lower index.
+ * is_logit: the score is a logit (sum), so a threshold compares its sigmoid. */
+int64_t lsa_keep(uint8_t *kept, const float *score, int64_t n, const lsa_keep_rule *rule, bool is_logit,
+                 float *scratch, int32_t *sel);
 
 #endif

@@ -36,6 +36,7 @@ json_t *lsa_report_row(const lsa_result *r, const lsa_result *full) {
     put(o, "captured", all ? 1.0 : r->total_mass > 0 ? r->captured / r->total_mass : (double)NAN);
     put(o, "kept", all ? 1.0 : mean((double)r->kept, r->evictable));
     put(o, "gpu_bytes", mean(r->gpu_bytes, r->windows));
+    put(o, "level1_bytes", mean(r->level1_bytes, r->windows));
     put(o, "misses_per_window", mean((double)r->misses, r->windows));
     put(o, "top1_agreement", mean((double)r->agree, r->n[LSA_PART_ALL]));
     put(o, "kl", mean(r->kl, r->n_kl));
@@ -49,12 +50,15 @@ json_t *lsa_report_row(const lsa_result *r, const lsa_result *full) {
 }
 
 static void cell(double v, int width, int decimals) {
-    if (isfinite(v)) printf("%*.*f", width, decimals, v);
-    else printf("%*s", width, "-");
+    if (isfinite(v))
+        printf("%*.*f", width, decimals, v);
+    else
+        printf("%*s", width, "-");
 }
 
 void lsa_report_table(const lsa_validation *v) {
-    printf("%-12s %7s %9s %9s %8s %9s %9s %9s %9s %10s %9s\n", "policy", "budget", "recalled", "captured", "nll", "answers", "replays", "other", "kept", "MiB/seq", "misses");
+    printf("%-12s %7s %9s %9s %8s %9s %9s %9s %9s %10s %9s\n", "policy", "budget", "recalled", "captured",
+           "nll", "answers", "replays", "other", "kept", "MiB/seq", "misses");
     for (int i = 0; i < v->n; i++) {
         const lsa_result *r = &v->row[i];
         const bool all = r->policy == LSA_POLICY_FULL || r->policy == LSA_POLICY_DENSE;
@@ -72,24 +76,25 @@ void lsa_report_table(const lsa_validation *v) {
         cell(mean((double)r->misses, r->windows), 10, 0);
         printf("\n");
     }
-    printf("recalled: share of answer tokens right; captured: attention mass kept of what could be evicted; nll in nats a token, over all tokens, answers,\n"
-           "replayed spans and other text; MiB/seq: resident cache as a server stores it, mean over windows; misses: wanted chunks not resident, a window\n");
+    printf(
+        "recalled: share of answer tokens right; captured: attention mass kept of what could be evicted; nll in nats a token, over all tokens, answers,\n"
+        "replayed spans and other text; MiB/seq: resident cache as a server stores it, mean over windows; misses: wanted chunks not resident, a window\n");
 }
 
-lsa_status lsa_report_write(const lsa_validation *v, const lsa_report_about *a, const char *dir, lsa_err *err) {
+lsa_status lsa_report_write(const lsa_validation *v, const lsa_report_about *a, const char *dir,
+                            lsa_err *err) {
     lsa_status st = LSA_OK;
     char path[LSA_PATH_MAX];
     json_t *root = NULL, *rows = json_array(), *budgets = json_array();
-    const lsa_result *full = NULL;
     LSA_TRY(lsa_mkdirs(dir, err));
-    for (int i = 0; i < v->n; i++)
-        if (v->row[i].policy == LSA_POLICY_FULL) full = &v->row[i];
-    for (int i = 0; i < v->n; i++) json_array_append_new(rows, lsa_report_row(&v->row[i], full));
+    for (int i = 0; i < v->n; i++) json_array_append_new(rows, lsa_report_row(&v->row[i], &v->full));
     for (int i = 0; i < a->opts->n_budget; i++) json_array_append_new(budgets, json_real(a->opts->budget[i]));
-    root = json_pack("{s:s, s:s, s:s, s:s, s:s?, s:I, s:I, s:I, s:I, s:I, s:O, s:O, s:f}", "format", "lsa-report/1", "lsa", lsa_version(), "teacher", a->teacher,
-                     "tokens", a->tokens, "indexer", a->indexer, "documents", (json_int_t)a->documents, "longest", (json_int_t)a->longest, "tau",
-                     (json_int_t)a->opts->tau, "tail", (json_int_t)a->opts->tail, "sink", (json_int_t)a->opts->sink, "budgets", budgets, "rows", rows, "seconds",
-                     v->seconds);
+    root =
+        json_pack("{s:s, s:s, s:s, s:s, s:s?, s:I, s:I, s:I, s:I, s:I, s:O, s:O, s:f}", "format",
+                  "lsa-report/1", "lsa", lsa_version(), "teacher", a->teacher, "tokens", a->tokens, "indexer",
+                  a->indexer, "documents", (json_int_t)a->documents, "longest", (json_int_t)a->longest, "tau",
+                  (json_int_t)a->opts->tau, "tail", (json_int_t)a->opts->tail, "sink",
+                  (json_int_t)a->opts->sink, "budgets", budgets, "rows", rows, "seconds", v->seconds);
     LSA_TRY(lsa_path(path, err, "%s/report.json", dir));
     LSA_TRY(lsa_json_save(root, path, err));
     LSA_TRY(lsa_path(path, err, "%s/report.html", dir));

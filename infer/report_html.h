@@ -4,6 +4,7 @@
 
 #include "infer/report.h"
 
-LSA_NODISCARD lsa_status lsa_report_html(const char *path, const json_t *rows, const lsa_validation *v, const lsa_report_about *a, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_report_html(const char *path, const json_t *rows, const lsa_validation *v,
+                                         const lsa_report_about *a, lsa_err *err);
 
 #endif

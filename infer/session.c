@@ -1,7 +1,9 @@
-/* One timeline: state that carries over between calls, and the forward pass of a call (see engine.h for its regions).
+/* One timeline: state that carries over between calls, and the forward pass of a call (see engine.h for its
+ * regions).
  *
- * The mistake that would stay silent: reading a row that this call has not written yet. Regions end with a barrier, and
- * the window and projection buffers keep the last rows of the call before in front of the new ones. */
+ * The mistake that would stay silent: reading a row that this call has not written yet. Regions end with a
+ * barrier, and the window and projection buffers keep the last rows of the call before in front of the new
+ * ones. */
 #include <omp.h>
 #include <string.h>
 
@@ -12,11 +14,12 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/topk.h"
 
-/* ---- memory ------------------------------------------------------------------------------------------------ */
+/* ---- memory
+ * ------------------------------------------------------------------------------------------------ */
 
 static void ws_free(workspace *w) {
-    void *p[] = {w->z,     w->xp,    w->qr, w->qq, w->tile, w->logit, w->select, w->sel, w->score, w->mass,
-                 w->dense, w->o,     w->g,  w->y,  w->h13,  w->h,     w->gx,     w->gy,  w->route};
+    void *p[] = {w->z,     w->xp, w->qr, w->qq, w->tile, w->logit, w->select, w->sel, w->score, w->mass,
+                 w->dense, w->o,  w->g,  w->y,  w->h13,  w->h,     w->gx,     w->gy,  w->route};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     lsa_free(w->row);
 }
@@ -91,7 +94,8 @@ done:
     return st;
 }
 
-lsa_status lsa_session_create(lsa_session **out, const lsa_engine *e, const lsa_session_opts *opts, lsa_err *err) {
+lsa_status lsa_session_create(lsa_session **out, const lsa_engine *e, const lsa_session_opts *opts,
+                              lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_session *s = NULL;
     const lsa_teacher_config *c = &e->c;
@@ -136,7 +140,8 @@ void lsa_session_destroy(lsa_session *s) {
 }
 
 void lsa_session_reset(lsa_session *s) {
-    s->pos = 0; /* rows of the sequence before are never read: windows and histories are bounded by position 0 */
+    s->pos =
+        0; /* rows of the sequence before are never read: windows and histories are bounded by position 0 */
     s->resident = NULL;
     s->n_masked = 0;
 }
@@ -159,7 +164,8 @@ const float *lsa_session_hidden(const lsa_session *s, lsa_csa_ord ord) {
     return s->layer[s->e->c.csa_id[ord.v].v].hidden;
 }
 
-/* ---- the pieces of a layer --------------------------------------------------------------------------------- */
+/* ---- the pieces of a layer
+ * --------------------------------------------------------------------------------- */
 
 /* Region "project": tokens [t0, t0+n) of the call. */
 static void project(lsa_session *s, int32_t l, int64_t t0, int64_t n, bool last, workspace *ws) {
@@ -240,8 +246,8 @@ static void compress(lsa_session *s, int32_t l, int64_t i) {
 }
 
 /* Selection of one CSA token into ws->sel; *n_miss counts native choices that are not resident. */
-static int32_t choose(const lsa_session *s, int32_t l, int64_t pos, const float *logit, int64_t n_vis, workspace *ws,
-                      const lsa_taps *taps, int32_t *n_miss) {
+static int32_t choose(const lsa_session *s, int32_t l, int64_t pos, const float *logit, int64_t n_vis,
+                      workspace *ws, const lsa_taps *taps, int32_t *n_miss) {
     *n_miss = 0;
     if (s->o.attend_all) {
         for (int64_t i = 0; i < n_vis; i++) ws->sel[i] = (int32_t)i;
@@ -258,7 +264,8 @@ static int32_t choose(const lsa_session *s, int32_t l, int64_t pos, const float 
 }
 
 /* Attention of token t of the call; logit is NULL outside CSA layers. */
-static void attend_token(lsa_session *s, int32_t l, int64_t t, const float *logit, const lsa_taps *taps, workspace *ws, float *o) {
+static void attend_token(lsa_session *s, int32_t l, int64_t t, const float *logit, const lsa_taps *taps,
+                         workspace *ws, float *o) {
     const lsa_engine *e = s->e;
     const lsa_teacher_config *c = &e->c;
     const layer_weights *w = &e->layer[l];
@@ -284,8 +291,10 @@ static void attend_token(lsa_session *s, int32_t l, int64_t t, const float *logi
     for (int64_t i = 0; i < n_row; i++) {
         float m = 0.0f;
         for (int64_t h = 0; h < c->n_head; h++) m += ws->score[h * n_row + i];
-        if (i < n_win) in_window += m * f;
-        else ws->mass[i - n_win] = m * f;
+        if (i < n_win)
+            in_window += m * f;
+        else
+            ws->mass[i - n_win] = m * f;
     }
     lsa_csa_ord ord = {c->csa_ord[l]};
     bool dense = taps->want_dense && taps->want_dense(taps->user, ord, pos);
@@ -309,7 +318,8 @@ static void attend_token(lsa_session *s, int32_t l, int64_t t, const float *logi
 }
 
 /* Region "attend": attention and MoE of tokens [t0, t0+n). */
-static void attend(lsa_session *s, int32_t l, const int32_t *token, int64_t t0, int64_t n, const lsa_taps *taps, workspace *ws) {
+static void attend(lsa_session *s, int32_t l, const int32_t *token, int64_t t0, int64_t n,
+                   const lsa_taps *taps, workspace *ws) {
     const lsa_engine *e = s->e;
     const lsa_teacher_config *c = &e->c;
     const layer_weights *w = &e->layer[l];
@@ -320,12 +330,14 @@ static void attend(lsa_session *s, int32_t l, const int32_t *token, int64_t t0, 
     float *X = s->X + t0 * ns * d, *x = s->x + t0 * d, *coef = s->coef + t0 * nz;
 
     if (csa && !s->o.attend_all)
-        lsa_index_logits(e, &s->layer[l], s->iq + t0 * c->index_n_head * c->index_head_dim, s->iw + t0 * c->index_n_head, n,
-                         lsa_visible(s->pos + t0 + n - 1), ws->tile, ws->logit, ld);
+        lsa_index_logits(e, &s->layer[l], s->iq + t0 * c->index_n_head * c->index_head_dim,
+                         s->iw + t0 * c->index_n_head, n, lsa_visible(s->pos + t0 + n - 1), ws->tile,
+                         ws->logit, ld);
     for (int64_t t = 0; t < n; t++) {
         float *o = ws->o + t * HD;
         attend_token(s, l, t0 + t, ws->logit + t * ld, taps, ws, o);
-        for (int64_t h = 0; h < c->n_head; h++) lsa_rotate(o + h * c->head_dim, c->head_dim, cs + t * c->rope_dim, c->rope_dim / 2, -1.0f);
+        for (int64_t h = 0; h < c->n_head; h++)
+            lsa_rotate(o + h * c->head_dim, c->head_dim, cs + t * c->rope_dim, c->rope_dim / 2, -1.0f);
     }
     for (int64_t g = 0; g < G; g++)
         lsa_gemm_nt(n, R, gw, 1.0f, ws->o + g * gw, HD, w->wo_a + g * R * gw, gw, 0.0f, ws->g + g * R, G * R);
@@ -338,13 +350,15 @@ static void attend(lsa_session *s, int32_t l, const int32_t *token, int64_t t0, 
     lsa_mhc_expand(e, coef, ws->y, n, X);
 }
 
-/* ---- the call ---------------------------------------------------------------------------------------------- */
+/* ---- the call
+ * ---------------------------------------------------------------------------------------------- */
 
 static void start_tokens(lsa_session *s, const int32_t *token, int64_t t0, int64_t n) {
     const lsa_engine *e = s->e;
     const int64_t d = e->c.hidden, ns = e->c.hc_mult;
     for (int64_t t = t0; t < t0 + n; t++) {
-        for (int64_t j = 0; j < ns; j++) memcpy(s->X + (t * ns + j) * d, e->embed + token[t] * d, (size_t)d * sizeof(float));
+        for (int64_t j = 0; j < ns; j++)
+            memcpy(s->X + (t * ns + j) * d, e->embed + token[t] * d, (size_t)d * sizeof(float));
         lsa_rope_angles(s->cs_main + t * e->c.rope_dim, e->freq_main, e->c.rope_dim / 2, s->pos + t);
         lsa_rope_angles(s->cs_comp + t * e->c.rope_dim, e->freq_comp, e->c.rope_dim / 2, s->pos + t);
     }
@@ -363,10 +377,13 @@ static void keep_history(lsa_session *s, int64_t n) {
     const lsa_teacher_config *c = &s->e->c;
     for (int32_t l = 0; l < c->n_layer; l++) {
         layer_state *t = &s->layer[l];
-        const int64_t D = c->head_dim, kc = 2 * (int64_t)s->e->layer[l].comp.roles * s->e->layer[l].comp.width;
+        const int64_t D = c->head_dim,
+                      kc = 2 * (int64_t)s->e->layer[l].comp.roles * s->e->layer[l].comp.width;
         memmove(t->win, t->win + n * D, (size_t)(c->window * D) * sizeof(float));
         if (t->proj) memmove(t->proj, t->proj + n * kc, (size_t)(t->hist * kc) * sizeof(float));
-        if (t->iproj) memmove(t->iproj, t->iproj + n * 4 * c->index_head_dim, (size_t)(t->hist * 4 * c->index_head_dim) * sizeof(float));
+        if (t->iproj)
+            memmove(t->iproj, t->iproj + n * 4 * c->index_head_dim,
+                    (size_t)(t->hist * 4 * c->index_head_dim) * sizeof(float));
     }
 }
 
@@ -374,8 +391,8 @@ lsa_status lsa_session_forward(lsa_session *s, const int32_t *token, int64_t n, 
                                const lsa_taps *taps, lsa_err *err) {
     const lsa_teacher_config *c = &s->e->c;
     if (n < 0 || n > s->o.chunk || s->pos + n > s->o.max_tokens)
-        LSA_RET_FAIL(LSA_E_ARG, "forward: %lld tokens at position %lld; at most %lld a call and %lld in all", (long long)n,
-                     (long long)s->pos, (long long)s->o.chunk, (long long)s->o.max_tokens);
+        LSA_RET_FAIL(LSA_E_ARG, "forward: %lld tokens at position %lld; at most %lld a call and %lld in all",
+                     (long long)n, (long long)s->pos, (long long)s->o.chunk, (long long)s->o.max_tokens);
     for (int64_t t = 0; t < n; t++)
         if (token[t] < 0 || token[t] >= c->vocab)
             LSA_RET_FAIL(LSA_E_ARG, "token %d at position %lld is outside the vocabulary [0, %d)", token[t],
@@ -384,10 +401,10 @@ lsa_status lsa_session_forward(lsa_session *s, const int32_t *token, int64_t n, 
     lsa_status st = ws_need(s, omp_in_parallel() ? 1 : omp_get_max_threads(), err);
     if (st != LSA_OK) return st;
     const int64_t n_block = lsa_ceil_div(n, LSA_BLOCK);
-#define EACH_BLOCK(call)                                                                                              \
-    _Pragma("omp for schedule(dynamic, 1)") for (int64_t b = 0; b < n_block; b++) {                                   \
-        int64_t t0 = b * LSA_BLOCK, m = lsa_min_i64(LSA_BLOCK, n - t0);                                               \
-        call;                                                                                                         \
+#define EACH_BLOCK(call)                                                                                     \
+    _Pragma("omp for schedule(dynamic, 1)") for (int64_t b = 0; b < n_block; b++) {                          \
+        int64_t t0 = b * LSA_BLOCK, m = lsa_min_i64(LSA_BLOCK, n - t0);                                      \
+        call;                                                                                                \
     }
 #pragma omp parallel if (n_block > 1)
     {
@@ -402,7 +419,9 @@ lsa_status lsa_session_forward(lsa_session *s, const int32_t *token, int64_t n, 
             }
             EACH_BLOCK(attend(s, l, token, t0, m, taps, ws))
         }
-        if (logits && !last_only) { EACH_BLOCK(finish_tokens(s, t0, m, ws, logits + t0 * c->vocab)) }
+        if (logits && !last_only) {
+            EACH_BLOCK(finish_tokens(s, t0, m, ws, logits + t0 * c->vocab))
+        }
     }
     if (logits && last_only) finish_tokens(s, n - 1, 1, &s->ws[0], logits);
     keep_history(s, n);

@@ -16,7 +16,7 @@ typedef struct lsa_backend {
     lsa_status (*sync)(lsa_ctx *c, lsa_err *err);
     void (*close)(lsa_ctx *c);
     /* operations; NULL = not supported */
-#define LSA_OP(op) lsa_status (*op)(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err);
+#define LSA_OP(op) lsa_status (*op)(lsa_ctx * c, const lsa_##op##_args *a, lsa_err *err);
 #include "kernels/ops.def"
 #undef LSA_OP
 } lsa_backend;
@@ -30,7 +30,8 @@ struct lsa_ctx {
 
 extern const lsa_backend lsa_backend_ref, lsa_backend_cpu;
 
-/* Opens GPU `index`; LSA_E_DEVICE with the reason if there is none, LSA_E_UNSUPPORTED in builds without CUDA. */
+/* Opens GPU `index`; LSA_E_DEVICE with the reason if there is none, LSA_E_UNSUPPORTED in builds without CUDA.
+ */
 LSA_NODISCARD lsa_status lsa_cuda_open(lsa_ctx *c, int index, lsa_err *err);
 
 #endif

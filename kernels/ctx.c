@@ -30,16 +30,19 @@ lsa_status lsa_ctx_create(lsa_ctx **out, const char *device, lsa_err *err) {
         if (st != LSA_OK) {
             c->kind = LSA_BACKEND_CPU;
             c->b = &lsa_backend_cpu;
-            snprintf(c->text, sizeof c->text, "cpu, %d threads (no GPU: %.160s)", omp_get_max_threads(), why.msg);
+            snprintf(c->text, sizeof c->text, "cpu, %d threads (no GPU: %.160s)", omp_get_max_threads(),
+                     why.msg);
             st = LSA_OK;
         }
     } else if (!strncmp(device, "cuda", 4) && (device[4] == 0 || device[4] == ':')) {
         long index = device[4] ? strtol(device + 5, &end, 10) : 0;
         if (device[4] && (end == device + 5 || *end || index < 0))
             st = lsa_err_set(err, LSA_E_ARG, __FILE__, __LINE__, "device '%s': expected cuda:N", device);
-        else st = lsa_cuda_open(c, (int)index, err);
+        else
+            st = lsa_cuda_open(c, (int)index, err);
     } else {
-        st = lsa_err_set(err, LSA_E_ARG, __FILE__, __LINE__, "device '%s' is unknown; expected auto, cpu, ref, cuda or cuda:N", device);
+        st = lsa_err_set(err, LSA_E_ARG, __FILE__, __LINE__,
+                         "device '%s' is unknown; expected auto, cpu, ref, cuda or cuda:N", device);
     }
     if (st != LSA_OK) {
         lsa_free(c);
@@ -65,7 +68,8 @@ const char *lsa_ctx_describe(const lsa_ctx *c) {
 lsa_status lsa_ctx_alloc_(lsa_ctx *c, void **out, int64_t n, size_t size, const char *what, lsa_err *err) {
     int64_t bytes;
     *out = NULL;
-    if (n < 0 || !lsa_mul_i64(n, (int64_t)size, &bytes)) LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: size overflows", what);
+    if (n < 0 || !lsa_mul_i64(n, (int64_t)size, &bytes))
+        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: size overflows", what);
     if (bytes == 0) return LSA_OK;
     return c->b->alloc(c, out, (size_t)bytes, what, err);
 }

@@ -10,8 +10,8 @@ lsa_status lsa_host_copy(lsa_ctx *c, void *dst, const void *src, size_t n_bytes,
 lsa_status lsa_host_zero(lsa_ctx *c, void *dst, size_t n_bytes, lsa_err *err);
 lsa_status lsa_host_sync(lsa_ctx *c, lsa_err *err);
 
-#define LSA_HOST_MEMORY                                                                                               \
-    .alloc = lsa_host_alloc, .release = lsa_host_release, .upload = lsa_host_copy, .download = lsa_host_copy,         \
-    .zero = lsa_host_zero, .sync = lsa_host_sync
+#define LSA_HOST_MEMORY                                                                                      \
+    .alloc = lsa_host_alloc, .release = lsa_host_release, .upload = lsa_host_copy,                           \
+    .download = lsa_host_copy, .zero = lsa_host_zero, .sync = lsa_host_sync
 
 #endif

@@ -1,10 +1,10 @@
 /* All arithmetic of the indexer and its training: argument structs and one entry point per operation.
  *
- * Every pointer is memory of the context's backend unless it says host. Tensors are dense, row-major, f32 unless
- * said otherwise. `lsa_<op>(ctx, &args, err)` checks shapes and values once for all backends (LSA_E_ARG names op,
- * field, expected, found), then dispatches; a backend without the op is LSA_E_UNSUPPORTED. Ops never allocate user
- * memory, never synchronise. Outputs may not alias inputs unless said. Deterministic: same inputs, same bits, whatever
- * the number of threads. m = 0 is a valid no-op.
+ * Every pointer is memory of the context's backend unless it says host. Tensors are dense, row-major, f32
+ * unless said otherwise. `lsa_<op>(ctx, &args, err)` checks shapes and values once for all backends
+ * (LSA_E_ARG names op, field, expected, found), then dispatches; a backend without the op is
+ * LSA_E_UNSUPPORTED. Ops never allocate user memory, never synchronise. Outputs may not alias inputs unless
+ * said. Deterministic: same inputs, same bits, whatever the number of threads. m = 0 is a valid no-op.
  *
  * Sources: FlashMemory-DeepSeek-V4 (arXiv 2606.09079) as restated in the notes 5.1, 5.4, 7.3, 7.4. */
 #ifndef LSA_KERNELS_OPS_H
@@ -17,7 +17,8 @@
 #include "kernels/ctx.h"
 
 /* C[m,n] = alpha * op(A) op(B) + beta * C. op(A) is [m,k], op(B) is [k,n]; trans_x: X is stored transposed.
- * A linear layer y = x W^T is {trans_b = true, a = x [m,k], b = W [n,k]}. beta is 0 or 1 (0: C need not be set). */
+ * A linear layer y = x W^T is {trans_b = true, a = x [m,k], b = W [n,k]}. beta is 0 or 1 (0: C need not be
+ * set). */
 typedef struct lsa_gemm_args {
     bool trans_a, trans_b;
     int64_t m, n, k;
@@ -45,9 +46,10 @@ typedef struct lsa_rmsnorm_bwd_args {
     bool accumulate; /* add to dg instead of setting it */
 } lsa_rmsnorm_bwd_args;
 
-/* In place on q [m, n_head, d]: forward = RoPE on the last rope_dim channels (adjacent pairs, angle = fl32(fl32(pos) *
- * freq[i])), then Hadamard (Sylvester order) / sqrt(d). inverse = Hadamard / sqrt(d), then RoPE by -angle: the exact
- * transpose, used on gradients. d is a power of two in [2, 1024], rope_dim even and <= d (0 = no rotation). */
+/* In place on q [m, n_head, d]: forward = RoPE on the last rope_dim channels (adjacent pairs, angle =
+ * fl32(fl32(pos) * freq[i])), then Hadamard (Sylvester order) / sqrt(d). inverse = Hadamard / sqrt(d), then
+ * RoPE by -angle: the exact transpose, used on gradients. d is a power of two in [2, 1024], rope_dim even and
+ * <= d (0 = no rotation). */
 typedef struct lsa_rope_hadamard_args {
     int64_t m, n_head, d, rope_dim;
     bool inverse;
@@ -56,9 +58,9 @@ typedef struct lsa_rope_hadamard_args {
     float *q;
 } lsa_rope_hadamard_args;
 
-/* Candidates of query i: chunks cand[i*n + j], j < n_cand[i]; or, with cand == NULL, chunks 0 .. n_cand[i]-1. The key of
- * chunk c is row key_base[i] + c of keys. z[i,j] = sum_h w[i,h] * max(0, key . q[i,h]); columns j >= n_cand[i] are
- * written 0. */
+/* Candidates of query i: chunks cand[i*n + j], j < n_cand[i]; or, with cand == NULL, chunks 0 .. n_cand[i]-1.
+ * The key of chunk c is row key_base[i] + c of keys. z[i,j] = sum_h w[i,h] * max(0, key . q[i,h]); columns j
+ * >= n_cand[i] are written 0. */
 typedef struct lsa_indexer_score_fwd_args {
     int64_t m, n_head, d, n; /* d must be 128; n = columns of z */
     int64_t n_key;           /* rows of keys */
@@ -66,14 +68,14 @@ typedef struct lsa_indexer_score_fwd_args {
     const float *w;          /* [m, n_head], already scaled */
     const uint8_t *keys;     /* [n_key, 132] codec e4m3_f32 */
     const int64_t *key_base; /* [m] */
-    const int32_t *cand;     /* [m, n] or NULL; out-of-range rows are clamped on the device: callers validate */
-    const int32_t *n_cand;   /* [m], each in [0, n] */
-    bool accumulate;         /* add to z instead of setting it (sum of layers) */
-    float *z;                /* [m, n] */
+    const int32_t *cand;   /* [m, n] or NULL; out-of-range rows are clamped on the device: callers validate */
+    const int32_t *n_cand; /* [m], each in [0, n] */
+    bool accumulate;       /* add to z instead of setting it (sum of layers) */
+    float *z;              /* [m, n] */
 } lsa_indexer_score_fwd_args;
 
-/* dw[i,h] = sum_j dz[i,j] * max(0, key.q_h); dq[i,h] = w[i,h] * sum_j dz[i,j] * [key.q_h > 0] * key. Keys get no
- * gradient. Nothing of size [m, n, n_head] is stored. */
+/* dw[i,h] = sum_j dz[i,j] * max(0, key.q_h); dq[i,h] = w[i,h] * sum_j dz[i,j] * [key.q_h > 0] * key. Keys get
+ * no gradient. Nothing of size [m, n, n_head] is stored. */
 typedef struct lsa_indexer_score_bwd_args {
     int64_t m, n_head, d, n, n_key;
     const float *q, *w;
@@ -85,10 +87,10 @@ typedef struct lsa_indexer_score_bwd_args {
     float *dw;       /* [m, n_head] */
 } lsa_indexer_score_bwd_args;
 
-/* Pointwise loss of notes 7.3 from logits, stable. y in {0,1} (as float), smoothed to y' = y(1-2s)+s. BCE: loss =
- * weight*BCE. Focal: weight*(1-pt)^2*BCE, pt = p y' + (1-p)(1-y'), focal factor differentiated. Logs are floored at
- * -100 as the reference does only when ref_floor is set. dz and row_loss are multiplied by scale (1/K).
- * Columns j >= n_cand[i] contribute nothing and get dz = 0. */
+/* Pointwise loss of notes 7.3 from logits, stable. y in {0,1} (as float), smoothed to y' = y(1-2s)+s. BCE:
+ * loss = weight*BCE. Focal: weight*(1-pt)^2*BCE, pt = p y' + (1-p)(1-y'), focal factor differentiated. Logs
+ * are floored at -100 as the reference does only when ref_floor is set. dz and row_loss are multiplied by
+ * scale (1/K). Columns j >= n_cand[i] contribute nothing and get dz = 0. */
 typedef struct lsa_loss_pointwise_args {
     int64_t m, n;
     bool focal;
@@ -96,7 +98,7 @@ typedef struct lsa_loss_pointwise_args {
     const float *z, *y;
     const float *weight; /* [m,n] or NULL for ones */
     const int32_t *n_cand;
-    float *dz;       /* [m,n]; may alias z */
+    float *dz;        /* [m,n]; may alias z */
     double *row_loss; /* [m] */
 } lsa_loss_pointwise_args;
 
@@ -112,8 +114,9 @@ typedef struct lsa_loss_pairwise_args {
     double *row_loss;
 } lsa_loss_pairwise_args;
 
-/* KL(target || softmax(z)) per row over its candidates; target rows sum to 1 (or are all 0: the row is skipped).
- * row_loss = scale * row_weight * sum_j t_j (ln t_j - log_softmax(z)_j), dz = scale * row_weight * (softmax(z)_j - t_j). */
+/* KL(target || softmax(z)) per row over its candidates; target rows sum to 1 (or are all 0: the row is
+ * skipped). row_loss = scale * row_weight * sum_j t_j (ln t_j - log_softmax(z)_j), dz = scale * row_weight *
+ * (softmax(z)_j - t_j). */
 typedef struct lsa_loss_kl_args {
     int64_t m, n;
     float scale;
@@ -140,7 +143,8 @@ typedef struct lsa_adamw_args {
     float *p, *m, *v;
 } lsa_adamw_args;
 
-#define LSA_OP(name) LSA_NODISCARD lsa_status lsa_##name(lsa_ctx *ctx, const lsa_##name##_args *a, lsa_err *err);
+#define LSA_OP(name)                                                                                         \
+    LSA_NODISCARD lsa_status lsa_##name(lsa_ctx *ctx, const lsa_##name##_args *a, lsa_err *err);
 #include "kernels/ops.def"
 #undef LSA_OP
 

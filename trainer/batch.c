@@ -1,5 +1,5 @@
-/* Batches: see batch.h. Sampling is keyed by (seed, epoch, document, query token), so it does not depend on batch size,
- * order or threads. */
+/* Batches: see batch.h. Sampling is keyed by (seed, epoch, document, query token), so it does not depend on
+ * batch size, order or threads. */
 #include "trainer/batch.h"
 
 #include <string.h>
@@ -9,7 +9,8 @@
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
 
-/* ---- order ------------------------------------------------------------------------------------------------- */
+/* ---- order
+ * ------------------------------------------------------------------------------------------------- */
 
 struct lsa_order {
     const lsa_recipe *r;
@@ -36,14 +37,17 @@ lsa_status lsa_order_create(lsa_order **out, lsa_source *s, const lsa_recipe *r,
     }
     o->n_window = o->begin[o->n_doc];
     if (o->n_window == 0 && r->mode == LSA_MODE_REFERENCE)
-        LSA_FAIL(LSA_E_CONFIG,
-                 "no window to train on: in %lld training documents (%lld held out) no chunk has sample.min_layers = %lld votes; lower it, or "
-                 "sample.val_documents",
-                 (long long)o->n_doc, (long long)r->val_documents, (long long)r->min_layers);
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "no window to train on: in %lld training documents (%lld held out) no chunk has sample.min_layers = %lld votes; lower it, or "
+            "sample.val_documents",
+            (long long)o->n_doc, (long long)r->val_documents, (long long)r->min_layers);
     if (o->n_window == 0)
-        LSA_FAIL(LSA_E_CONFIG, "no window to train on: %lld training documents (%lld held out), tau %lld, tail %lld; documents must be longer than "
-                               "tail + tau tokens and sample.val_documents smaller than their number",
-                 (long long)o->n_doc, (long long)r->val_documents, (long long)r->tau, (long long)r->tail);
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "no window to train on: %lld training documents (%lld held out), tau %lld, tail %lld; documents must be longer than "
+            "tail + tau tokens and sample.val_documents smaller than their number",
+            (long long)o->n_doc, (long long)r->val_documents, (long long)r->tau, (long long)r->tail);
     LSA_TRY(LSA_NEW(o->perm, r->order == LSA_ORDER_SHUFFLED ? o->n_window : o->n_doc, err));
     *out = o;
     o = NULL;
@@ -74,7 +78,8 @@ static void shuffle_epoch(lsa_order *o, int64_t epoch) {
         o->perm[j] = x;
     }
     if (o->r->order == LSA_ORDER_DOCUMENT)
-        for (int64_t i = 0; i < n; i++) o->at[i + 1] = o->at[i] + o->begin[o->perm[i] + 1] - o->begin[o->perm[i]];
+        for (int64_t i = 0; i < n; i++)
+            o->at[i + 1] = o->at[i] + o->begin[o->perm[i] + 1] - o->begin[o->perm[i]];
     o->epoch = epoch;
 }
 
@@ -83,16 +88,18 @@ static int64_t find_part(const int64_t *begin, int64_t n, int64_t x) {
     int64_t lo = 0, hi = n - 1;
     while (lo < hi) {
         const int64_t mid = (lo + hi + 1) / 2;
-        if (begin[mid] <= x) lo = mid;
-        else hi = mid - 1;
+        if (begin[mid] <= x)
+            lo = mid;
+        else
+            hi = mid - 1;
     }
     return lo;
 }
 
 lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_cursor *c, lsa_err *err) {
     if (c->epoch < 0 || c->index < 0 || c->index > o->n_window)
-        LSA_RET_FAIL(LSA_E_FORMAT, "cursor (epoch %lld, index %lld) does not fit %lld windows an epoch", (long long)c->epoch, (long long)c->index,
-                     (long long)o->n_window);
+        LSA_RET_FAIL(LSA_E_FORMAT, "cursor (epoch %lld, index %lld) does not fit %lld windows an epoch",
+                     (long long)c->epoch, (long long)c->index, (long long)o->n_window);
     if (c->index == o->n_window) {
         c->epoch++;
         c->index = 0;
@@ -111,7 +118,8 @@ lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_curso
     return LSA_OK;
 }
 
-/* ---- arrays ------------------------------------------------------------------------------------------------ */
+/* ---- arrays
+ * ------------------------------------------------------------------------------------------------ */
 
 void lsa_batch_fini(lsa_batch *b) {
     for (int32_t l = 0; l < LSA_MAX_CSA; l++) {
@@ -124,11 +132,11 @@ void lsa_batch_fini(lsa_batch *b) {
 }
 
 /* Fresh, larger memory; contents are not kept (every batch is filled anew). */
-#define ROOM(p, n)                                                                                                    \
-    do {                                                                                                              \
-        lsa_free(p);                                                                                                  \
-        (p) = NULL;                                                                                                   \
-        LSA_TRY(LSA_NEW(p, n, err));                                                                                  \
+#define ROOM(p, n)                                                                                           \
+    do {                                                                                                     \
+        lsa_free(p);                                                                                         \
+        (p) = NULL;                                                                                          \
+        LSA_TRY(LSA_NEW(p, n, err));                                                                         \
     } while (0)
 
 static lsa_status room_rows(lsa_batch *b, int64_t m, const lsa_indexer_geom *g, lsa_err *err) {
@@ -167,16 +175,19 @@ done:
     return st;
 }
 
-static void fill_query(lsa_batch *b, int64_t i, const lsa_train_doc *d, const lsa_window *w, const lsa_indexer_geom *g) {
+static void fill_query(lsa_batch *b, int64_t i, const lsa_train_doc *d, const lsa_window *w,
+                       const lsa_indexer_geom *g) {
     b->position[i] = w->query;
     b->doc[i] = d->doc;
     b->start[i] = w->start;
     for (int32_t l = 0; l < g->n_layer; l++)
-        for (int64_t j = 0; j < g->hidden; j++) b->x[l][i * g->hidden + j] = lsa_bf16_to_f32(d->hidden[l][w->hidden_row * g->hidden + j]);
+        for (int64_t j = 0; j < g->hidden; j++)
+            b->x[l][i * g->hidden + j] = lsa_bf16_to_f32(d->hidden[l][w->hidden_row * g->hidden + j]);
 }
 
 /* The key pool: every document of the batch once; key_base of each query. */
-static lsa_status fill_keys(lsa_batch *b, const lsa_train_doc *const *doc, int64_t m, const lsa_indexer_geom *g, lsa_err *err) {
+static lsa_status fill_keys(lsa_batch *b, const lsa_train_doc *const *doc, int64_t m,
+                            const lsa_indexer_geom *g, lsa_err *err) {
     lsa_status st = LSA_OK;
     int64_t n = 0;
     for (int pass = 0; pass < 2; pass++) {
@@ -191,7 +202,9 @@ static lsa_status fill_keys(lsa_batch *b, const lsa_train_doc *const *doc, int64
             }
             b->key_base[i] = n;
             if (pass == 1)
-                for (int32_t l = 0; l < g->n_layer; l++) memcpy(b->key[l] + n * LSA_KEY_BYTES, doc[i]->key[l], (size_t)(doc[i]->info.n_key * LSA_KEY_BYTES));
+                for (int32_t l = 0; l < g->n_layer; l++)
+                    memcpy(b->key[l] + n * LSA_KEY_BYTES, doc[i]->key[l],
+                           (size_t)(doc[i]->info.n_key * LSA_KEY_BYTES));
             n += doc[i]->info.n_key;
         }
         if (pass == 0) LSA_TRY(room_keys(b, n, g, err));
@@ -201,7 +214,8 @@ done:
     return st;
 }
 
-/* ---- labels ------------------------------------------------------------------------------------------------ */
+/* ---- labels
+ * ------------------------------------------------------------------------------------------------ */
 
 static float positive_weight(const lsa_recipe *r, const lsa_train_doc *d, int32_t chunk, uint8_t votes) {
     if ((r->trivial || r->mode == LSA_MODE_REFERENCE) && d->trivial && d->trivial[chunk]) return 0.5f;
@@ -218,16 +232,22 @@ static void choose(int32_t *id, int64_t n, int64_t k, lsa_rng *g) {
     }
 }
 
-/* Positives and sampled negatives of one window into cand/y/weight of row i. pos and neg are scratch of n_cand. */
-static int64_t sample_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_train_doc *d, const lsa_window *w, const uint8_t *votes, int64_t epoch,
-                          int32_t *pos, int32_t *neg, int64_t *n_pos_out) {
-    lsa_rng g = lsa_rng_make(lsa_mix64(lsa_mix64((uint64_t)r->seed, 202), (uint64_t)epoch), lsa_mix64((uint64_t)d->doc, (uint64_t)w->query));
+/* Positives and sampled negatives of one window into cand/y/weight of row i. pos and neg are scratch of
+ * n_cand. */
+static int64_t sample_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_train_doc *d,
+                          const lsa_window *w, const uint8_t *votes, int64_t epoch, int32_t *pos,
+                          int32_t *neg, int64_t *n_pos_out) {
+    lsa_rng g = lsa_rng_make(lsa_mix64(lsa_mix64((uint64_t)r->seed, 202), (uint64_t)epoch),
+                             lsa_mix64((uint64_t)d->doc, (uint64_t)w->query));
     int64_t n_pos = 0, n_neg = 0;
     for (int64_t c = 0; c < w->n_cand; c++) {
-        if (votes[c]) pos[n_pos++] = (int32_t)c;
-        else neg[n_neg++] = (int32_t)c;
+        if (votes[c])
+            pos[n_pos++] = (int32_t)c;
+        else
+            neg[n_neg++] = (int32_t)c;
     }
-    if (n_pos == 0 && r->mode == LSA_MODE_REFERENCE && w->n_cand > 0) { /* notes 7.1: one random chunk is declared positive */
+    if (n_pos == 0 && r->mode == LSA_MODE_REFERENCE &&
+        w->n_cand > 0) { /* notes 7.1: one random chunk is declared positive */
         const int64_t j = (int64_t)lsa_rng_below(&g, (uint64_t)n_neg);
         pos[n_pos++] = neg[j];
         memmove(neg + j, neg + j + 1, (size_t)(n_neg - j - 1) * sizeof *neg);
@@ -251,7 +271,8 @@ static int64_t sample_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const ls
 }
 
 /* All candidates with labels 0/1, or the normalised target mass. */
-static void full_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_train_doc *d, const lsa_window *w, const uint8_t *votes, float *y) {
+static void full_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_train_doc *d,
+                     const lsa_window *w, const uint8_t *votes, float *y) {
     if (r->loss == LSA_LOSS_KL) {
         double sum = 0;
         for (int64_t c = 0; c < w->n_cand; c++) sum += (double)y[c];
@@ -265,18 +286,21 @@ static void full_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_tra
 }
 
 /* KL over sampled candidates: positives are the chunks with the most mass. */
-static int64_t sample_kl_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_train_doc *d, const lsa_window *w, const float *mass, int64_t epoch,
-                             uint8_t *votes, int32_t *pos, int32_t *neg) {
+static int64_t sample_kl_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_train_doc *d,
+                             const lsa_window *w, const float *mass, int64_t epoch, uint8_t *votes,
+                             int32_t *pos, int32_t *neg) {
     int64_t n_pos;
     for (int64_t c = 0; c < w->n_cand; c++) votes[c] = mass[c] > 0.0f;
     const int64_t k = sample_row(b, i, r, d, w, votes, epoch, pos, neg, &n_pos);
     double sum = 0;
     for (int64_t j = 0; j < k; j++) sum += (double)mass[b->cand[i * b->n + j]];
-    for (int64_t j = 0; j < k; j++) b->y[i * b->n + j] = sum > 0 ? (float)((double)mass[b->cand[i * b->n + j]] / sum) : 0.0f;
+    for (int64_t j = 0; j < k; j++)
+        b->y[i * b->n + j] = sum > 0 ? (float)((double)mass[b->cand[i * b->n + j]] / sum) : 0.0f;
     return k;
 }
 
-lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_recipe *r, const lsa_indexer_geom *g, lsa_cursor *c, lsa_err *err) {
+lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_recipe *r,
+                          const lsa_indexer_geom *g, lsa_cursor *c, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t m = r->batch;
     const lsa_train_doc **doc = NULL;
@@ -300,7 +324,10 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
     }
     b->m = m;
     b->has_cand = sampled;
-    b->n = sampled ? lsa_min_i64(widest, r->max_pos + lsa_min_i64(r->max_neg, (int64_t)((double)r->max_pos * r->neg_ratio))) : widest;
+    b->n = sampled
+               ? lsa_min_i64(widest, r->max_pos + lsa_min_i64(r->max_neg,
+                                                              (int64_t)((double)r->max_pos * r->neg_ratio)))
+               : widest;
     LSA_TRY(fill_keys(b, doc, m, g, err));
     LSA_TRY(room_elems(b, m * b->n, sampled, true, err));
     bool failed = false;
@@ -310,7 +337,8 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
         uint8_t *votes = NULL;
         int32_t *pos = NULL, *neg = NULL;
         const int64_t n = w[i].n_cand;
-        if (LSA_NEW(votes, n, NULL) != LSA_OK || (sampled && (LSA_NEW(pos, n, NULL) != LSA_OK || LSA_NEW(neg, n, NULL) != LSA_OK)) ||
+        if (LSA_NEW(votes, n, NULL) != LSA_OK ||
+            (sampled && (LSA_NEW(pos, n, NULL) != LSA_OK || LSA_NEW(neg, n, NULL) != LSA_OK)) ||
             (kl && sampled && LSA_NEW(mass, n, NULL) != LSA_OK)) {
 #pragma omp atomic write
             failed = true;
@@ -318,9 +346,12 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
             memset(y, 0, (size_t)b->n * sizeof *y);
             lsa_window_needs(kl ? (sampled ? mass : y) : NULL, kl ? NULL : votes, s, doc[i], &w[i]);
             int64_t k = n;
-            if (kl && sampled) k = sample_kl_row(b, i, r, doc[i], &w[i], mass, epoch[i], votes, pos, neg);
-            else if (sampled) k = sample_row(b, i, r, doc[i], &w[i], votes, epoch[i], pos, neg, &n_pos[i]);
-            else full_row(b, i, r, doc[i], &w[i], votes, y);
+            if (kl && sampled)
+                k = sample_kl_row(b, i, r, doc[i], &w[i], mass, epoch[i], votes, pos, neg);
+            else if (sampled)
+                k = sample_row(b, i, r, doc[i], &w[i], votes, epoch[i], pos, neg, &n_pos[i]);
+            else
+                full_row(b, i, r, doc[i], &w[i], votes, y);
             b->n_cand[i] = (int32_t)k;
             for (int64_t j = k; sampled && j < b->n; j++) b->cand[i * b->n + j] = 0;
         }
@@ -346,7 +377,8 @@ done:
     return st;
 }
 
-lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t first, int64_t m, const lsa_indexer_geom *g, lsa_err *err) {
+lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t first, int64_t m,
+                              const lsa_indexer_geom *g, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_train_doc *d;
     lsa_source_unpin(s);
@@ -364,7 +396,8 @@ lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t 
         b->n = lsa_max_i64(b->n, w.n_cand);
     }
     LSA_TRY(room_keys(b, d->info.n_key, g, err));
-    for (int32_t l = 0; l < g->n_layer; l++) memcpy(b->key[l], d->key[l], (size_t)(d->info.n_key * LSA_KEY_BYTES));
+    for (int32_t l = 0; l < g->n_layer; l++)
+        memcpy(b->key[l], d->key[l], (size_t)(d->info.n_key * LSA_KEY_BYTES));
     b->n_key = d->info.n_key;
 done:
     return st;

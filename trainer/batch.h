@@ -14,27 +14,29 @@ LSA_NODISCARD lsa_status lsa_order_create(lsa_order **out, lsa_source *s, const 
 void lsa_order_destroy(lsa_order *o);
 int64_t lsa_order_epoch_windows(const lsa_order *o);
 /* Document and window number of the cursor's position; moves the cursor on by one. */
-LSA_NODISCARD lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_cursor *c, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_cursor *c,
+                                        lsa_err *err);
 
 typedef struct lsa_batch {
-    int64_t m, n, n_key;              /* windows, columns of y, rows of the key pool */
-    float *x[LSA_MAX_CSA];            /* [m, d] per joint layer */
-    uint8_t *key[LSA_MAX_CSA];        /* [n_key, 132] */
-    int64_t *position, *key_base;     /* [m] */
-    int32_t *n_cand, *cand;           /* [m]; [m, n] if has_cand, else chunks 0..n_cand-1 */
+    int64_t m, n, n_key;          /* windows, columns of y, rows of the key pool */
+    float *x[LSA_MAX_CSA];        /* [m, d] per joint layer */
+    uint8_t *key[LSA_MAX_CSA];    /* [n_key, 132] */
+    int64_t *position, *key_base; /* [m] */
+    int32_t *n_cand, *cand;       /* [m]; [m, n] if has_cand, else chunks 0..n_cand-1 */
     bool has_cand;
-    float *y, *weight;                /* [m, n]: labels or target mass; weights (pointwise losses) */
-    int64_t n_elem, n_pair;           /* candidates in all; positive-negative pairs in all */
-    int64_t n_row;                    /* rows with a target (kl) */
-    int64_t *doc, *start;             /* [m], for messages and traces */
-    int64_t cap_m, cap_mn, cap_key;   /* room */
+    float *y, *weight;              /* [m, n]: labels or target mass; weights (pointwise losses) */
+    int64_t n_elem, n_pair;         /* candidates in all; positive-negative pairs in all */
+    int64_t n_row;                  /* rows with a target (kl) */
+    int64_t *doc, *start;           /* [m], for messages and traces */
+    int64_t cap_m, cap_mn, cap_key; /* room */
 } lsa_batch;
 void lsa_batch_fini(lsa_batch *b);
 
 /* The next r->batch windows of the order, from cursor *c, which moves on. */
-LSA_NODISCARD lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_recipe *r, const lsa_indexer_geom *g, lsa_cursor *c,
-                                        lsa_err *err);
+LSA_NODISCARD lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_recipe *r,
+                                        const lsa_indexer_geom *g, lsa_cursor *c, lsa_err *err);
 /* Windows [first, first+m) of one document against all their candidates, without labels: evaluation. */
-LSA_NODISCARD lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t first, int64_t m, const lsa_indexer_geom *g, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t first,
+                                            int64_t m, const lsa_indexer_geom *g, lsa_err *err);
 
 #endif

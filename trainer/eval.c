@@ -1,5 +1,5 @@
-/* Evaluation: see eval.h. The mistake that would stay silent: counting chunks that are resident anyway, which flatters every
- * score; candidates are those of training. */
+/* Evaluation: see eval.h. The mistake that would stay silent: counting chunks that are resident anyway, which
+ * flatters every score; candidates are those of training. */
 #include "trainer/eval.h"
 
 #include <math.h>
@@ -30,25 +30,32 @@ static float sigmoid(float z) {
 }
 
 /* Counts one window under one score. prob: compared with the threshold; rank: orders the top-k. */
-static void count(lsa_scores *s, const float *prob, const float *rank, const uint8_t *votes, const float *mass, int64_t n, const lsa_recipe *r,
-                  float *scratch, int32_t *sel) {
-    int64_t pos = 0;
+static void count(lsa_scores *s, const float *prob, const float *rank, const uint8_t *votes,
+                  const float *mass, int64_t n, const lsa_recipe *r, float *scratch, int32_t *sel) {
+    int64_t pos = 0, tp = 0, fp = 0;
     s->n_window++;
     s->n_cand += n;
     for (int64_t c = 0; c < n; c++) {
         const bool want = votes[c] > 0, have = prob[c] >= (float)r->threshold;
         pos += want;
-        s->tp += want && have;
-        s->fp += !want && have;
-        s->fn += want && !have;
+        tp += want && have;
+        fp += !want && have;
     }
+    s->tp += tp;
+    s->fp += fp;
+    s->fn += pos - tp;
     const int64_t k = lsa_topk(rank, n, r->topk, NULL, 0, scratch, sel);
     int64_t hit = 0;
     for (int64_t i = 0; i < k; i++) hit += votes[sel[i]] > 0;
     s->hit_k += hit;
     s->n_pos += pos;
     if (pos) {
+        const double precision = tp + fp ? (double)tp / (double)(tp + fp) : 0,
+                     recall = (double)tp / (double)pos;
         s->macro_recall_k += (double)hit / (double)pos;
+        s->macro_p += precision;
+        s->macro_r += recall;
+        s->macro_f1 += tp ? 2 * precision * recall / (precision + recall) : 0;
         s->n_macro++;
     }
     if (!mass) return;
@@ -64,14 +71,17 @@ static void count(lsa_scores *s, const float *prob, const float *rank, const uin
 
 static void add(lsa_scores *a, const lsa_scores *b) {
     a->n_window += b->n_window, a->n_cand += b->n_cand, a->tp += b->tp, a->fp += b->fp, a->fn += b->fn;
-    a->hit_k += b->hit_k, a->n_pos += b->n_pos, a->macro_recall_k += b->macro_recall_k, a->n_macro += b->n_macro;
+    a->hit_k += b->hit_k, a->n_pos += b->n_pos, a->macro_recall_k += b->macro_recall_k,
+        a->n_macro += b->n_macro;
+    a->macro_p += b->macro_p, a->macro_r += b->macro_r, a->macro_f1 += b->macro_f1;
     a->total_mass += b->total_mass;
     for (int i = 0; i <= LSA_EVAL_BUDGETS; i++) a->captured[i] += b->captured[i];
 }
 
 /* All scores of one window from the layers' logits z[l], stride m*n. */
-static lsa_status window_scores(lsa_scores *row, int32_t L, const float *z, int64_t stride, const uint8_t *votes, const float *mass, int64_t n,
-                                const lsa_recipe *r, lsa_err *err) {
+static lsa_status window_scores(lsa_scores *row, int32_t L, const float *z, int64_t stride,
+                                const uint8_t *votes, const float *mass, int64_t n, const lsa_recipe *r,
+                                lsa_err *err) {
     lsa_status st = LSA_OK;
     float *p = NULL, *mean = NULL, *max = NULL, *sum = NULL, *scratch = NULL;
     int32_t *sel = NULL;
@@ -106,8 +116,9 @@ done:
 }
 
 /* One group of windows; the windows run in parallel into rows of their own and are added in order. */
-static lsa_status group_scores(lsa_eval *e, int bin, const lsa_batch *b, const lsa_train_doc *d, lsa_source *s, const lsa_recipe *r, int64_t first,
-                               const float *z, lsa_err *err) {
+static lsa_status group_scores(lsa_eval *e, int bin, const lsa_batch *b, const lsa_train_doc *d,
+                               lsa_source *s, const lsa_recipe *r, int64_t first, const float *z,
+                               lsa_err *err) {
     lsa_status st = LSA_OK;
     const int32_t L = e->n - 3;
     lsa_scores *rows = NULL;
@@ -123,8 +134,10 @@ static lsa_status group_scores(lsa_eval *e, int bin, const lsa_batch *b, const l
 #pragma omp atomic write
             failed = true;
         } else {
-            lsa_window_needs(mass, votes, s, d, &w);
-            if (window_scores(rows + i * e->n, L, z + i * b->n, b->m * b->n, votes, mass, w.n_cand, r, NULL) != LSA_OK) {
+            lsa_window_needs(NULL, votes, s, d, &w);
+            if (mass) lsa_window_native(mass, d, &w);
+            if (window_scores(rows + i * e->n, L, z + i * b->n, b->m * b->n, votes, mass, w.n_cand, r,
+                              NULL) != LSA_OK) {
 #pragma omp atomic write
                 failed = true;
             }
@@ -142,16 +155,17 @@ done:
     return st;
 }
 
-lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_recipe *r, const lsa_indexer_geom *g, int64_t first, int64_t last,
-                        lsa_err *err) {
+lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
+                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_batch b = {0};
     float *z = NULL;
     int64_t cap = 0;
     memset(e, 0, sizeof *e);
     e->n = g->n_layer + 3;
-    e->has_mass = lsa_shards_get_info(lsa_source_shards(s))->has_stats || r->loss == LSA_LOSS_KL;
-    for (int32_t l = 0; l < g->n_layer; l++) snprintf(e->row[l].name, sizeof e->row[l].name, "c%d", g->ord[l].v);
+    e->has_mass = lsa_shards_get_info(lsa_source_shards(s))->has_stats;
+    for (int32_t l = 0; l < g->n_layer; l++)
+        snprintf(e->row[l].name, sizeof e->row[l].name, "c%d", g->ord[l].v);
     snprintf(e->row[g->n_layer].name, 16, "mean");
     snprintf(e->row[g->n_layer + 1].name, 16, "max");
     snprintf(e->row[g->n_layer + 2].name, 16, "sum");
@@ -194,14 +208,22 @@ double lsa_eval_value(const lsa_eval *e, const lsa_recipe *r) {
 }
 
 static json_t *scores_json(const lsa_scores *s, bool has_mass) {
-    json_t *o = json_pack("{s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f}", "windows", (json_int_t)s->n_window, "candidates", (json_int_t)s->n_cand,
-                          "precision", lsa_precision(s), "recall", lsa_recall(s), "f1", lsa_f1(s), "kept",
-                          s->n_cand ? (double)(s->tp + s->fp) / (double)s->n_cand : 0.0, "recall_at_k", s->n_pos ? (double)s->hit_k / (double)s->n_pos : 0.0,
-                          "macro_recall_at_k", s->n_macro ? s->macro_recall_k / (double)s->n_macro : 0.0);
+    json_t *o =
+        json_pack("{s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f}", "windows", (json_int_t)s->n_window,
+                  "candidates", (json_int_t)s->n_cand, "precision", lsa_precision(s), "recall", lsa_recall(s),
+                  "f1", lsa_f1(s), "kept", s->n_cand ? (double)(s->tp + s->fp) / (double)s->n_cand : 0.0,
+                  "recall_at_k", s->n_pos ? (double)s->hit_k / (double)s->n_pos : 0.0, "macro_recall_at_k",
+                  s->n_macro ? s->macro_recall_k / (double)s->n_macro : 0.0);
+    const double n_macro = s->n_macro ? (double)s->n_macro : 1.0;
+    json_object_set_new(o, "macro_precision", json_real(s->macro_p / n_macro));
+    json_object_set_new(o, "macro_recall", json_real(s->macro_r / n_macro));
+    json_object_set_new(o, "macro_f1", json_real(s->macro_f1 / n_macro));
     for (int b = 0; has_mass && b <= LSA_EVAL_BUDGETS; b++) {
         char key[32];
-        if (b < LSA_EVAL_BUDGETS) snprintf(key, sizeof key, "captured_%.2f", lsa_eval_budgets[b]);
-        else snprintf(key, sizeof key, "captured");
+        if (b < LSA_EVAL_BUDGETS)
+            snprintf(key, sizeof key, "captured_%.2f", lsa_eval_budgets[b]);
+        else
+            snprintf(key, sizeof key, "captured");
         json_object_set_new(o, key, json_real(captured(s, b)));
     }
     return o;
@@ -209,12 +231,15 @@ static json_t *scores_json(const lsa_scores *s, bool has_mass) {
 
 json_t *lsa_eval_json(const lsa_eval *e, const lsa_recipe *r) {
     json_t *o = json_object(), *len = json_object();
-    for (int32_t i = 0; i < e->n; i++) json_object_set_new(o, e->row[i].name, scores_json(&e->row[i], e->has_mass));
+    for (int32_t i = 0; i < e->n; i++)
+        json_object_set_new(o, e->row[i].name, scores_json(&e->row[i], e->has_mass));
     for (int i = 0; i < LSA_EVAL_LENGTHS; i++) {
         char key[32];
         if (e->by_length[i].n_window == 0) continue;
-        if (i + 1 < LSA_EVAL_LENGTHS) snprintf(key, sizeof key, "up_to_%lld", (long long)lsa_eval_lengths[i]);
-        else snprintf(key, sizeof key, "longer");
+        if (i + 1 < LSA_EVAL_LENGTHS)
+            snprintf(key, sizeof key, "up_to_%lld", (long long)lsa_eval_lengths[i]);
+        else
+            snprintf(key, sizeof key, "longer");
         json_object_set_new(len, key, scores_json(&e->by_length[i], e->has_mass));
     }
     json_object_set_new(o, "by_length", len);
@@ -224,17 +249,34 @@ json_t *lsa_eval_json(const lsa_eval *e, const lsa_recipe *r) {
     return o;
 }
 
-void lsa_eval_print(const lsa_eval *e, const lsa_recipe *r) {
-    printf("%-6s %9s %9s %9s %9s %9s", "score", "precision", "recall", "F1", "kept", "recall@K");
-    for (int b = 0; e->has_mass && b < LSA_EVAL_BUDGETS; b++) printf("  captured %2.0f %%", 100 * lsa_eval_budgets[b]);
+static void print_row(const char *name, const lsa_scores *s, bool has_mass) {
+    printf("%-14s %9.4f %9.4f %9.4f %9.4f %9.4f %9.4f", name, lsa_precision(s), lsa_recall(s), lsa_f1(s),
+           s->n_macro ? s->macro_f1 / (double)s->n_macro : 0.0,
+           s->n_cand ? (double)(s->tp + s->fp) / (double)s->n_cand : 0.0,
+           s->n_pos ? (double)s->hit_k / (double)s->n_pos : 0.0);
+    for (int b = 0; has_mass && b <= LSA_EVAL_BUDGETS; b++) printf("  %13.4f", captured(s, b));
     printf("\n");
-    for (int32_t i = 0; i < e->n; i++) {
-        const lsa_scores *s = &e->row[i];
-        printf("%-6s %9.4f %9.4f %9.4f %9.4f %9.4f", s->name, lsa_precision(s), lsa_recall(s), lsa_f1(s),
-               s->n_cand ? (double)(s->tp + s->fp) / (double)s->n_cand : 0.0, s->n_pos ? (double)s->hit_k / (double)s->n_pos : 0.0);
-        for (int b = 0; e->has_mass && b < LSA_EVAL_BUDGETS; b++) printf("  %13.4f", captured(s, b));
-        printf("\n");
+}
+
+void lsa_eval_print(const lsa_eval *e, const lsa_recipe *r) {
+    printf("%-14s %9s %9s %9s %9s %9s %9s", "score", "precision", "recall", "F1", "macro F1", "kept",
+           "recall@K");
+    for (int b = 0; e->has_mass && b <= LSA_EVAL_BUDGETS; b++)
+        printf("  captured %2.0f %%", 100 * (b < LSA_EVAL_BUDGETS ? lsa_eval_budgets[b] : r->budget));
+    printf("\n");
+    for (int32_t i = 0; i < e->n; i++) print_row(e->row[i].name, &e->row[i], e->has_mass);
+    for (int i = 0; i < LSA_EVAL_LENGTHS; i++) {
+        char name[32];
+        if (e->by_length[i].n_window == 0) continue;
+        if (i + 1 < LSA_EVAL_LENGTHS)
+            snprintf(name, sizeof name, "sum, <= %lldK", (long long)lsa_eval_lengths[i] >> 10);
+        else
+            snprintf(name, sizeof name, "sum, > %lldK", (long long)lsa_eval_lengths[i - 1] >> 10);
+        print_row(name, &e->by_length[i], e->has_mass);
     }
-    printf("%lld windows, K = %lld, threshold %g; candidates are the chunks that can be evicted\n", (long long)e->row[0].n_window, (long long)r->topk,
-           r->threshold);
+    printf("%lld windows, K = %lld, threshold %g; candidates are the chunks that %s\n",
+           (long long)e->row[0].n_window, (long long)r->topk, r->threshold,
+           r->exclude_resident && r->causal ? "can be evicted"
+           : r->causal                      ? "are visible"
+                                            : "exist in the document");
 }

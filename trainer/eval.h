@@ -5,13 +5,14 @@
 #include "trainer/step.h"
 
 enum { LSA_EVAL_BUDGETS = 3, LSA_EVAL_LENGTHS = 4 };
-extern const double lsa_eval_budgets[LSA_EVAL_BUDGETS];        /* 0.05 0.10 0.20; the recipe's own budget comes on top */
-extern const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS];       /* documents up to 16K, 64K, 256K, longer */
+extern const double
+    lsa_eval_budgets[LSA_EVAL_BUDGETS]; /* 0.05 0.10 0.20; the recipe's own budget comes on top */
+extern const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS]; /* documents up to 16K, 64K, 256K, longer */
 
 typedef struct lsa_scores {
-    char name[16]; /* "c0" ..., "mean", "max", "sum" */
+    char name[16];                                      /* "c0" ..., "mean", "max", "sum" */
     int64_t n_window, n_cand, tp, fp, fn, hit_k, n_pos; /* micro counts at the threshold and in the top K */
-    double macro_recall_k;                             /* sum over windows with a positive */
+    double macro_recall_k, macro_p, macro_r, macro_f1;  /* sums over the n_macro windows with a positive */
     int64_t n_macro;
     double captured[LSA_EVAL_BUDGETS + 1], total_mass; /* summed; last: the recipe's budget */
 } lsa_scores;
@@ -26,9 +27,10 @@ typedef struct lsa_eval {
     bool has_mass;
 } lsa_eval;
 
-/* Documents [first, last) of the source. Candidates are the evictable chunks if the recipe excludes resident ones. */
-LSA_NODISCARD lsa_status lsa_evaluate(lsa_eval *out, lsa_trainer *t, lsa_source *s, const lsa_recipe *r, const lsa_indexer_geom *g, int64_t first,
-                                      int64_t last, lsa_err *err);
+/* Documents [first, last) of the source. Candidates are the evictable chunks if the recipe excludes resident
+ * ones. */
+LSA_NODISCARD lsa_status lsa_evaluate(lsa_eval *out, lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
+                                      const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err);
 /* The number that picks the best checkpoint; larger is better. */
 double lsa_eval_value(const lsa_eval *e, const lsa_recipe *r);
 json_t *lsa_eval_json(const lsa_eval *e, const lsa_recipe *r);

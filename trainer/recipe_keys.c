@@ -3,14 +3,20 @@
 
 #include <stddef.h>
 
-#define I64(name, field, dflt, lo, hi, help)  {name, LSA_KEY_I64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help}
-#define F64(name, field, dflt, lo, hi, help)  {name, LSA_KEY_F64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help}
-#define BOOL(name, field, dflt, help)         {name, LSA_KEY_BOOL, dflt, 0, 0, NULL, offsetof(lsa_recipe, field), help}
-#define PICK(name, field, dflt, which, help)  {name, LSA_KEY_CHOICE, dflt, 0, 0, which, offsetof(lsa_recipe, field), help}
-#define TEXT(name, field, dflt, help)         {name, LSA_KEY_TEXT, dflt, 0, 0, NULL, offsetof(lsa_recipe, field), help}
+#define I64(name, field, dflt, lo, hi, help)                                                                 \
+    { name, LSA_KEY_I64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help }
+#define F64(name, field, dflt, lo, hi, help)                                                                 \
+    { name, LSA_KEY_F64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help }
+#define BOOL(name, field, dflt, help)                                                                        \
+    { name, LSA_KEY_BOOL, dflt, 0, 0, NULL, offsetof(lsa_recipe, field), help }
+#define PICK(name, field, dflt, which, help)                                                                 \
+    { name, LSA_KEY_CHOICE, dflt, 0, 0, which, offsetof(lsa_recipe, field), help }
+#define TEXT(name, field, dflt, help)                                                                        \
+    { name, LSA_KEY_TEXT, dflt, 0, 0, NULL, offsetof(lsa_recipe, field), help }
 
 const lsa_key lsa_recipe_keys[] = {
-    PICK("train.mode", mode, "lookahead", "lookahead|reference", "lookahead: the query of a window is the token before it; reference: the published trainer's rules"),
+    PICK("train.mode", mode, "lookahead", "lookahead|reference",
+         "lookahead: the query of a window is the token before it; reference: the published trainer's rules"),
     I64("train.steps", steps, "1000", 1, 1e8, "optimiser steps"),
     I64("train.batch", batch, "128", 1, 65536, "windows per step"),
     I64("train.seed", seed, "42", 0, 9e15, "seed of initialisation, order and sampling"),
@@ -18,10 +24,12 @@ const lsa_key lsa_recipe_keys[] = {
     I64("train.save_every", save_every, "200", 1, 1e8, "steps between checkpoints"),
     I64("train.log_every", log_every, "10", 1, 1e8, "steps between lines of metrics.jsonl"),
     I64("train.keep", keep, "2", 1, 1e6, "checkpoints kept besides best and latest"),
-    I64("train.patience", patience, "0", 0, 1e6, "stop after this many evaluations without improvement (0: never)"),
+    I64("train.patience", patience, "0", 0, 1e6,
+        "stop after this many evaluations without improvement (0: never)"),
     I64("train.max_bad", max_bad, "10", 1, 1e6, "give up after this many non-finite steps in a row"),
     I64("train.cache_mib", cache_mib, "4096", 1, 1e7, "host memory for documents, MiB"),
-    TEXT("train.trace", trace, "", "debugging aid: write the exact samples of every step to this safetensors file"),
+    TEXT("train.trace", trace, "",
+         "debugging aid: write the exact samples of every step to this safetensors file"),
 
     TEXT("model.layers", layers, "all", "joint CSA layers: all, or ordinals such as 0,2"),
     I64("model.heads", heads, "32", 1, 128, "indexer heads"),
@@ -31,21 +39,26 @@ const lsa_key lsa_recipe_keys[] = {
     I64("window.tail", tail, "256", 0, 1e7, "newest tokens that are always resident"),
     I64("window.stride", stride, "64", 1, 65536, "tokens between windows used for training"),
 
-    PICK("sample.candidates", candidates, "all", "all|sampled", "score all evictable chunks, or positives and sampled negatives"),
-    PICK("sample.order", order, "document", "document|shuffled", "windows of a document together, or all windows shuffled"),
+    PICK("sample.candidates", candidates, "all", "all|sampled",
+         "score all evictable chunks, or positives and sampled negatives"),
+    PICK("sample.order", order, "document", "document|shuffled",
+         "windows of a document together, or all windows shuffled"),
     I64("sample.val_documents", val_documents, "2", 0, 1e9, "last documents held out for evaluation"),
     I64("sample.min_layers", min_layers, "2", 1, 64, "votes that make a chunk golden"),
     I64("sample.max_pos", max_pos, "512", 1, 1e6, "positives per sample at most"),
     F64("sample.neg_ratio", neg_ratio, "3", 0, 1e6, "sampled negatives per positive"),
     I64("sample.max_neg", max_neg, "65536", 1, 1e9, "sampled negatives per sample at most"),
-    BOOL("sample.exclude_resident", exclude_resident, "true", "leave out chunks of the tail, which are resident anyway"),
+    BOOL("sample.exclude_resident", exclude_resident, "true",
+         "leave out chunks of the tail, which are resident anyway"),
     BOOL("sample.causal", causal, "true", "candidates and positives only among chunks visible at the query"),
 
     PICK("loss.kind", loss, "kl", "kl|bce|focal|bpr|margin", "kl: to the window mass; the others: on votes"),
     PICK("loss.target", target, "native", "native|dense", "mass that kl aims at"),
-    PICK("loss.on", ensemble, "sum", "sum|layer", "loss on the sum of the layers' logits, or mean of the layers' losses"),
+    PICK("loss.on", ensemble, "sum", "sum|layer",
+         "loss on the sum of the layers' logits, or mean of the layers' losses"),
     BOOL("loss.weighted", weighted, "false", "weight positives by votes"),
-    BOOL("loss.trivial", trivial, "false", "weight 0.5 for chunks golden in over 80 % of a document's tokens"),
+    BOOL("loss.trivial", trivial, "false",
+         "weight 0.5 for chunks golden in over 80 % of a document's tokens"),
     F64("loss.smoothing", smoothing, "0", 0, 0.49, "label smoothing of bce and focal"),
     F64("loss.margin", margin, "1", 0, 1e6, "margin of the margin loss"),
 
@@ -60,23 +73,31 @@ const lsa_key lsa_recipe_keys[] = {
     F64("optim.eps", eps, "1e-8", 0, 1, "added to the root of the second moment"),
     F64("optim.clip", clip, "1", 0, 1e9, "global gradient norm limit (0: none)"),
 
-    F64("eval.threshold", threshold, "0.5", 0, 1, "on sigmoid scores, for precision, recall, F1 and kept fraction"),
+    F64("eval.threshold", threshold, "0.5", 0, 1,
+        "on sigmoid scores, for precision, recall, F1 and kept fraction"),
     I64("eval.topk", topk, "512", 1, 1e9, "K of recall@K"),
     F64("eval.budget", budget, "0.1", 1e-6, 1, "budget of the captured mass that picks the best checkpoint"),
-    PICK("eval.metric", metric, "captured", "captured|f1|recall", "what makes a checkpoint the best: captured mass of the summed logits, F1 or recall@K of the mean ensemble"),
+    PICK(
+        "eval.metric", metric, "captured", "captured|f1|recall",
+        "what makes a checkpoint the best: captured mass of the summed logits, F1 or recall@K of the mean ensemble"),
 };
 const int lsa_recipe_n_key = (int)(sizeof lsa_recipe_keys / sizeof *lsa_recipe_keys);
 
 lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
     if (r->mode == LSA_MODE_REFERENCE) {
-        if (r->loss == LSA_LOSS_KL || r->candidates != LSA_CAND_SAMPLED || r->ensemble != LSA_ON_LAYER || r->causal || r->exclude_resident)
-            LSA_RET_FAIL(LSA_E_CONFIG, "train.mode reference needs sample.candidates: sampled, sample.causal: false, sample.exclude_resident: false, "
-                                       "loss.on: layer and a loss on votes; recipes/reference.yaml has all of them");
+        if (r->loss == LSA_LOSS_KL || r->candidates != LSA_CAND_SAMPLED || r->ensemble != LSA_ON_LAYER ||
+            r->causal || r->exclude_resident)
+            LSA_RET_FAIL(
+                LSA_E_CONFIG,
+                "train.mode reference needs sample.candidates: sampled, sample.causal: false, sample.exclude_resident: false, "
+                "loss.on: layer and a loss on votes; recipes/reference.yaml has all of them");
     } else if (r->loss == LSA_LOSS_KL && !r->causal) {
         LSA_RET_FAIL(LSA_E_CONFIG, "loss.kind kl needs sample.causal: true");
     }
-    if (r->loss != LSA_LOSS_KL && (r->loss == LSA_LOSS_BPR || r->loss == LSA_LOSS_MARGIN) && r->candidates == LSA_CAND_ALL)
+    if (r->loss != LSA_LOSS_KL && (r->loss == LSA_LOSS_BPR || r->loss == LSA_LOSS_MARGIN) &&
+        r->candidates == LSA_CAND_ALL)
         LSA_RET_FAIL(LSA_E_CONFIG, "pairwise losses need sample.candidates: sampled");
-    if (r->min_lr > r->lr) LSA_RET_FAIL(LSA_E_CONFIG, "optim.min_lr %g exceeds optim.lr %g", r->min_lr, r->lr);
+    if (r->min_lr > r->lr)
+        LSA_RET_FAIL(LSA_E_CONFIG, "optim.min_lr %g exceeds optim.lr %g", r->min_lr, r->lr);
     return LSA_OK;
 }

@@ -1,4 +1,5 @@
-/* The recipe of lsa-train: every key, with its type, range, default and meaning, in one table (recipe_keys.c). */
+/* The recipe of lsa-train: every key, with its type, range, default and meaning, in one table
+ * (recipe_keys.c). */
 #ifndef LSA_TRAINER_RECIPE_KEYS_H
 #define LSA_TRAINER_RECIPE_KEYS_H
 

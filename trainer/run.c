@@ -1,5 +1,6 @@
-/* The training loop. Invariant: everything that decides the next step (parameters, moments, cursor, counters, best value) is
- * in the checkpoint; the recipe and the data are named in run.json, written before the first step. */
+/* The training loop. Invariant: everything that decides the next step (parameters, moments, cursor, counters,
+ * best value) is in the checkpoint; the recipe and the data are named in run.json, written before the first
+ * step. */
 #include "trainer/run.h"
 
 #include <errno.h>
@@ -41,9 +42,11 @@ typedef struct run {
     int64_t loss_n;
 } run;
 
-/* ---- geometry ---------------------------------------------------------------------------------------------- */
+/* ---- geometry
+ * ---------------------------------------------------------------------------------------------- */
 
-static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_shards_info *f, lsa_err *err) {
+static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_shards_info *f,
+                            lsa_err *err) {
     lsa_status st = LSA_OK;
     memset(g, 0, sizeof *g);
     g->hidden = f->hidden;
@@ -59,7 +62,9 @@ static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_
         char *end;
         const long v = strtol(p, &end, 10);
         if (end == p || v < 0 || v >= f->n_csa || (*end && *end != ','))
-            LSA_FAIL(LSA_E_CONFIG, "model.layers '%s': expected all, or CSA ordinals in [0, %d] with commas between", r->layers, f->n_csa - 1);
+            LSA_FAIL(LSA_E_CONFIG,
+                     "model.layers '%s': expected all, or CSA ordinals in [0, %d] with commas between",
+                     r->layers, f->n_csa - 1);
         want[v] = true;
         p = *end ? end + 1 : end;
     }
@@ -68,7 +73,8 @@ static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_
             g->ord[g->n_layer].v = o;
             g->id[g->n_layer++] = f->csa_id[o];
         }
-    if (g->n_layer == 0) LSA_FAIL(LSA_E_CONFIG, "model.layers '%s' selects no layer that the shards hold keys of", r->layers);
+    if (g->n_layer == 0)
+        LSA_FAIL(LSA_E_CONFIG, "model.layers '%s' selects no layer that the shards hold keys of", r->layers);
     LSA_TRY(lsa_indexer_geom_check(g, err));
 done:
     return st;
@@ -82,7 +88,8 @@ static lsa_status shards_info(lsa_shards_info *f, const char *data, lsa_err *err
     return st;
 }
 
-/* ---- state ------------------------------------------------------------------------------------------------- */
+/* ---- state
+ * ------------------------------------------------------------------------------------------------- */
 
 static json_t *state_json(const run *x) {
     char hash[17], teacher[17];
@@ -94,12 +101,14 @@ static json_t *state_json(const run *x) {
         const lsa_shards_doc i = lsa_shards_get_doc(lsa_source_shards(x->source), d);
         if (i.n_token > longest) longest = i.n_token;
     }
-    json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}", "step", (json_int_t)x->step, "epoch",
-                          (json_int_t)x->cursor.epoch, "index", (json_int_t)x->cursor.index, "updates", (json_int_t)lsa_trainer_updates(x->trainer),
-                          "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped", (json_int_t)x->skipped, "has_best", x->has_best,
-                          "best", x->best, "stopped", x->stopped, "recipe", lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key), "data_hash", hash,
-                          "teacher", f->teacher, "teacher_hash", teacher, "trained_length", (json_int_t)longest, "train_documents",
-                          (json_int_t)lsa_source_n_train(x->source));
+    json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}",
+                          "step", (json_int_t)x->step, "epoch", (json_int_t)x->cursor.epoch, "index",
+                          (json_int_t)x->cursor.index, "updates", (json_int_t)lsa_trainer_updates(x->trainer),
+                          "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped",
+                          (json_int_t)x->skipped, "has_best", x->has_best, "best", x->best, "stopped",
+                          x->stopped, "recipe", lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key),
+                          "data_hash", hash, "teacher", f->teacher, "teacher_hash", teacher, "trained_length",
+                          (json_int_t)longest, "train_documents", (json_int_t)lsa_source_n_train(x->source));
     if (x->last_eval) json_object_set(o, "eval", x->last_eval);
     return o;
 }
@@ -121,7 +130,9 @@ static lsa_status restore_state(run *x, int64_t *updates, const json_t *o, const
     x->last_eval = json_incref(json_object_get(o, "eval"));
     LSA_TRY(lsa_json_str(&hash, o, "data_hash", where, err));
     lsa_hex64(now, lsa_shards_hash(lsa_source_shards(x->source)));
-    if (strcmp(hash, now)) LSA_FAIL(LSA_E_FORMAT, "the shards in '%s' are not those of the checkpoint (hash %s, expected %s)", x->data, now, hash);
+    if (strcmp(hash, now))
+        LSA_FAIL(LSA_E_FORMAT, "the shards in '%s' are not those of the checkpoint (hash %s, expected %s)",
+                 x->data, now, hash);
 done:
     return st;
 }
@@ -137,7 +148,8 @@ done:
     return st;
 }
 
-/* ---- opening ----------------------------------------------------------------------------------------------- */
+/* ---- opening
+ * ----------------------------------------------------------------------------------------------- */
 
 static lsa_status open_run(run *x, const char *device, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -147,6 +159,10 @@ static lsa_status open_run(run *x, const char *device, lsa_err *err) {
     LSA_TRY(make_geom(&x->g, x->r, &f, err));
     LSA_TRY(lsa_ctx_create(&x->ctx, device, err));
     LSA_TRY(lsa_source_open(&x->source, x->data, x->r, &x->g, x->r->loss == LSA_LOSS_KL || f.has_stats, err));
+    if (!f.has_stats && x->r->metric == LSA_METRIC_CAPTURED && x->r->val_documents > 0)
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "eval.metric captured needs native masses, but the shards hold no /stats; use eval.metric: f1 or recall");
     LSA_TRY(lsa_order_create(&x->order, x->source, x->r, err));
     const int64_t n = lsa_indexer_n_param(&x->g);
     LSA_TRY(LSA_NEW(x->params, n, err));
@@ -166,9 +182,11 @@ static lsa_status initial(run *x, lsa_err *err) {
     }
     LSA_TRY(lsa_ckpt_load(&c, x->init, false, err));
     const lsa_rope *a = &c.geom.rope, *b = &x->g.rope;
-    if (a->dim != b->dim || a->base != b->base || a->factor != b->factor || a->original_len != b->original_len ||
-        a->beta_fast != b->beta_fast || a->beta_slow != b->beta_slow)
-        LSA_FAIL(LSA_E_CONFIG, "--init '%s': its RoPE constants are not those of the shards: it belongs to another teacher", x->init);
+    if (a->dim != b->dim || a->base != b->base || a->factor != b->factor ||
+        a->original_len != b->original_len || a->beta_fast != b->beta_fast || a->beta_slow != b->beta_slow)
+        LSA_FAIL(LSA_E_CONFIG,
+                 "--init '%s': its RoPE constants are not those of the shards: it belongs to another teacher",
+                 x->init);
     LSA_TRY(lsa_indexer_widen(x->params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
 done:
     lsa_ckpt_fini(&c);
@@ -190,13 +208,16 @@ static void run_fini(run *x) {
     json_decref(x->last_eval);
 }
 
-/* ---- reports ----------------------------------------------------------------------------------------------- */
+/* ---- reports
+ * ----------------------------------------------------------------------------------------------- */
 
 static void report_step(run *x, const lsa_step_result *s, double windows_per_s) {
     const double loss = x->loss_n ? x->loss_sum / (double)x->loss_n : (double)NAN;
-    fprintf(x->metrics, "{\"step\": %lld, \"epoch\": %lld, \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"windows_per_s\": %.6g, \"skipped\": %lld}\n",
-            (long long)x->step, (long long)x->cursor.epoch, isfinite(loss) ? loss : -1.0, s->lr, isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s,
-            (long long)x->skipped);
+    fprintf(
+        x->metrics,
+        "{\"step\": %lld, \"epoch\": %lld, \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"windows_per_s\": %.6g, \"skipped\": %lld}\n",
+        (long long)x->step, (long long)x->cursor.epoch, isfinite(loss) ? loss : -1.0, s->lr,
+        isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s, (long long)x->skipped);
     fflush(x->metrics);
     lsa_tboard_scalar(&x->tb, "train/loss", x->step, loss);
     lsa_tboard_scalar(&x->tb, "train/lr", x->step, s->lr);
@@ -212,7 +233,8 @@ static lsa_status evaluate(run *x, bool *best, lsa_err *err) {
     lsa_eval e;
     *best = false;
     if (lsa_source_n_train(x->source) == lsa_source_n_doc(x->source)) return LSA_OK;
-    LSA_TRY(lsa_evaluate(&e, x->trainer, x->source, x->r, &x->g, lsa_source_n_train(x->source), lsa_source_n_doc(x->source), err));
+    LSA_TRY(lsa_evaluate(&e, x->trainer, x->source, x->r, &x->g, lsa_source_n_train(x->source),
+                         lsa_source_n_doc(x->source), err));
     const double v = lsa_eval_value(&e, x->r);
     *best = !x->has_best || v > x->best;
     if (*best) {
@@ -230,14 +252,20 @@ static lsa_status evaluate(run *x, bool *best, lsa_err *err) {
     free(text);
     const lsa_scores *sum = &e.row[e.n - 1];
     lsa_tboard_scalar(&x->tb, "eval/f1", x->step, lsa_f1(&e.row[e.n - 3]));
-    if (e.has_mass) lsa_tboard_scalar(&x->tb, "eval/captured", x->step, sum->total_mass > 0 ? sum->captured[LSA_EVAL_BUDGETS] / sum->total_mass : 0);
-    lsa_info("step %lld: held-out %s %.4f%s", (long long)x->step, x->r->metric == LSA_METRIC_CAPTURED ? "captured mass" : x->r->metric == LSA_METRIC_F1 ? "F1" : "recall@K",
+    if (e.has_mass)
+        lsa_tboard_scalar(&x->tb, "eval/captured", x->step,
+                          sum->total_mass > 0 ? sum->captured[LSA_EVAL_BUDGETS] / sum->total_mass : 0);
+    lsa_info("step %lld: held-out %s %.4f%s", (long long)x->step,
+             x->r->metric == LSA_METRIC_CAPTURED ? "captured mass"
+             : x->r->metric == LSA_METRIC_F1     ? "F1"
+                                                 : "recall@K",
              v, *best ? " (best)" : "");
 done:
     return st;
 }
 
-/* ---- the loop ---------------------------------------------------------------------------------------------- */
+/* ---- the loop
+ * ---------------------------------------------------------------------------------------------- */
 
 static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -248,10 +276,15 @@ static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
     if (s->skipped) {
         x->bad++;
         x->skipped++;
-        lsa_warn("step %lld: loss %g, gradient norm %g: update skipped (windows from document %lld, token %lld)", (long long)x->step, s->loss, s->grad_norm,
-                 (long long)x->batch.doc[0], (long long)x->batch.start[0]);
+        lsa_warn(
+            "step %lld: loss %g, gradient norm %g: update skipped (windows from document %lld, token %lld)",
+            (long long)x->step, s->loss, s->grad_norm, (long long)x->batch.doc[0],
+            (long long)x->batch.start[0]);
         if (x->bad >= x->r->max_bad)
-            LSA_FAIL(LSA_E_NUMERIC, "%lld steps in a row were not finite; the last checkpoint is good: lower optim.lr and resume from it", (long long)x->bad);
+            LSA_FAIL(
+                LSA_E_NUMERIC,
+                "%lld steps in a row were not finite; the last checkpoint is good: lower optim.lr and resume from it",
+                (long long)x->bad);
     } else {
         x->bad = 0;
         x->loss_sum += s->loss;
@@ -268,9 +301,12 @@ static lsa_status loop(run *x, lsa_err *err) {
     lsa_step_result s = {0};
     double t0 = lsa_now_s();
     int64_t n0 = x->step;
-    lsa_info("training on %s: %lld documents (%lld held out), %lld windows an epoch, %.2f M parameters in %d joint layers", lsa_ctx_describe(x->ctx),
-             (long long)lsa_source_n_train(x->source), (long long)(lsa_source_n_doc(x->source) - lsa_source_n_train(x->source)),
-             (long long)lsa_order_epoch_windows(x->order), 1e-6 * (double)lsa_indexer_n_param(&x->g), x->g.n_layer);
+    lsa_info(
+        "training on %s: %lld documents (%lld held out), %lld windows an epoch, %.2f M parameters in %d joint layers",
+        lsa_ctx_describe(x->ctx), (long long)lsa_source_n_train(x->source),
+        (long long)(lsa_source_n_doc(x->source) - lsa_source_n_train(x->source)),
+        (long long)lsa_order_epoch_windows(x->order), 1e-6 * (double)lsa_indexer_n_param(&x->g),
+        x->g.n_layer);
     lsa_progress_begin(&p, "train", "steps", (double)r->steps, (double)x->step);
     while (x->step < r->steps && !x->stopped) {
         char extra[64];
@@ -294,7 +330,8 @@ static lsa_status loop(run *x, lsa_err *err) {
         if (best || x->stopped || stop || last || x->step % r->save_every == 0) LSA_TRY(save(x, best, err));
         if (eval || best || last) t0 = lsa_now_s(), n0 = x->step;
         if (stop && !last)
-            LSA_FAIL(LSA_E_INTERRUPTED, "stopped at step %lld of %lld, saved; 'lsa-train resume %s' goes on", (long long)x->step, (long long)r->steps, x->out);
+            LSA_FAIL(LSA_E_INTERRUPTED, "stopped at step %lld of %lld, saved; 'lsa-train resume %s' goes on",
+                     (long long)x->step, (long long)r->steps, x->out);
     }
     lsa_progress_end(&p);
     if (x->stopped) lsa_info("stopped early: %lld evaluations without improvement", (long long)x->since_best);
@@ -320,12 +357,13 @@ static lsa_status write_run_files(const run *x, lsa_err *err) {
     char path[LSA_PATH_MAX], data[LSA_PATH_MAX], init[LSA_PATH_MAX] = "", *text = NULL;
     json_t *o = NULL;
     if (!realpath(x->data, data)) LSA_FAIL(LSA_E_IO, "cannot find '%s': %s", x->data, strerror(errno));
-    if (x->init && !realpath(x->init, init)) LSA_FAIL(LSA_E_IO, "cannot find '%s': %s", x->init, strerror(errno));
+    if (x->init && !realpath(x->init, init))
+        LSA_FAIL(LSA_E_IO, "cannot find '%s': %s", x->init, strerror(errno));
     LSA_TRY(lsa_recipe_text(&text, x->r, lsa_recipe_keys, lsa_recipe_n_key, false, err));
     LSA_TRY(lsa_path(path, err, "%s/recipe.yaml", x->out));
     LSA_TRY(lsa_write_file(path, text, strlen(text), err));
-    o = json_pack("{s:s, s:s, s:s?, s:o}", "format", "lsa-run/1", "data", data, "init", x->init ? init : NULL, "recipe",
-                  lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key));
+    o = json_pack("{s:s, s:s, s:s?, s:o}", "format", "lsa-run/1", "data", data, "init", x->init ? init : NULL,
+                  "recipe", lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key));
     LSA_TRY(lsa_path(path, err, "%s/run.json", x->out));
     LSA_TRY(lsa_json_save(o, path, err));
 done:
@@ -334,13 +372,17 @@ done:
     return st;
 }
 
-lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out, const char *init, const char *device, lsa_err *err) {
+lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out, const char *init,
+                         const char *device, lsa_err *err) {
     lsa_status st = LSA_OK;
     run x = {.r = r, .out = out, .data = data, .init = init};
     char path[LSA_PATH_MAX];
     int lock = -1;
     LSA_TRY(lsa_path(path, err, "%s/run.json", out));
-    if (lsa_exists(path)) LSA_FAIL(LSA_E_ARG, "'%s' already holds a run; 'lsa-train resume %s' goes on with it, or choose another --out", out, out);
+    if (lsa_exists(path))
+        LSA_FAIL(LSA_E_ARG,
+                 "'%s' already holds a run; 'lsa-train resume %s' goes on with it, or choose another --out",
+                 out, out);
     LSA_TRY(open_run(&x, device, err));
     LSA_TRY(initial(&x, err));
     LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, r, &x.g, x.params, NULL, NULL, 0, err));
@@ -366,11 +408,13 @@ lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
     int lock = -1;
     int64_t updates = 0;
     LSA_TRY(lsa_path(path, err, "%s/run.json", out));
-    if (!lsa_exists(path)) LSA_FAIL(LSA_E_IO, "'%s' is not a run: it has no run.json; start one with 'lsa-train run'", out);
+    if (!lsa_exists(path))
+        LSA_FAIL(LSA_E_IO, "'%s' is not a run: it has no run.json; start one with 'lsa-train run'", out);
     LSA_TRY(lsa_json_load(&o, path, err));
     LSA_TRY(lsa_json_str(&x.data, o, "data", path, err));
     x.init = json_string_value(json_object_get(o, "init"));
-    LSA_TRY(lsa_recipe_from_json(&r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(o, "recipe"), path, err));
+    LSA_TRY(
+        lsa_recipe_from_json(&r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(o, "recipe"), path, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(open_run(&x, device, err));
     LSA_TRY(lsa_ckpt_clean(out, r.keep, err)); /* a kill may have come before the save's own pruning */
@@ -398,7 +442,8 @@ done:
     return st;
 }
 
-lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const char *data, bool val_only, const char *device, lsa_err *err) {
+lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const char *data, bool val_only,
+                          const char *device, const char *const *set, int n_set, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_ckpt c = {0};
     lsa_ctx *ctx = NULL;
@@ -407,15 +452,22 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     lsa_shards_info f;
     LSA_TRY(lsa_ckpt_load(&c, ckpt, false, err));
     if (json_object_get(c.state, "recipe"))
-        LSA_TRY(lsa_recipe_from_json(r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(c.state, "recipe"), c.dir, err));
-    else LSA_TRY(lsa_recipe_load(r, lsa_recipe_keys, lsa_recipe_n_key, NULL, NULL, 0, err));
+        LSA_TRY(lsa_recipe_from_json(r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(c.state, "recipe"),
+                                     c.dir, err));
+    else
+        LSA_TRY(lsa_recipe_load(r, lsa_recipe_keys, lsa_recipe_n_key, NULL, NULL, 0, err));
+    LSA_TRY(lsa_recipe_set(r, lsa_recipe_keys, lsa_recipe_n_key, set, n_set, err));
+    LSA_TRY(lsa_recipe_check(r, err));
     if (!val_only) r->val_documents = 0;
     LSA_TRY(shards_info(&f, data, err));
     LSA_TRY(lsa_ctx_create(&ctx, device, err));
     LSA_TRY(lsa_source_open(&source, data, r, &c.geom, f.has_stats, err));
     LSA_TRY(lsa_trainer_create(&t, ctx, r, &c.geom, c.params, NULL, NULL, 0, err));
-    LSA_TRY(lsa_evaluate(out, t, source, r, &c.geom, val_only ? lsa_source_n_train(source) : 0, lsa_source_n_doc(source), err));
-    if (out->row[0].n_window == 0) LSA_FAIL(LSA_E_CONFIG, "'%s': no document is longer than tail + tau tokens: nothing to evaluate", data);
+    LSA_TRY(lsa_evaluate(out, t, source, r, &c.geom, val_only ? lsa_source_n_train(source) : 0,
+                         lsa_source_n_doc(source), err));
+    if (out->row[0].n_window == 0)
+        LSA_FAIL(LSA_E_CONFIG, "'%s': no document is longer than tail + tau tokens: nothing to evaluate",
+                 data);
 done:
     lsa_trainer_destroy(t);
     lsa_source_close(source);

@@ -1,5 +1,5 @@
-/* Documents and windows: see source.h. The mistake that would stay silent: pairing a window with the hidden vector of its own
- * first token instead of the token before it. */
+/* Documents and windows: see source.h. The mistake that would stay silent: pairing a window with the hidden
+ * vector of its own first token instead of the token before it. */
 #include "trainer/source.h"
 
 #include <string.h>
@@ -20,12 +20,13 @@ struct lsa_source {
     lsa_indexer_geom geom;
     bool need_mass;
     int64_t n_train, n_doc, bytes, tick;
-    slot *slot; /* one per document */
-    int64_t *n_window;      /* reference mode: -1 not counted yet */
-    int64_t **ref_start;    /* reference mode: tokens with a non-empty window */
+    slot *slot;          /* one per document */
+    int64_t *n_window;   /* reference mode: -1 not counted yet */
+    int64_t **ref_start; /* reference mode: tokens with a non-empty window */
 };
 
-lsa_status lsa_source_open(lsa_source **out, const char *dir, const lsa_recipe *r, const lsa_indexer_geom *geom, bool need_mass, lsa_err *err) {
+lsa_status lsa_source_open(lsa_source **out, const char *dir, const lsa_recipe *r,
+                           const lsa_indexer_geom *geom, bool need_mass, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_source *s = NULL;
     *out = NULL;
@@ -36,19 +37,26 @@ lsa_status lsa_source_open(lsa_source **out, const char *dir, const lsa_recipe *
     LSA_TRY(lsa_shards_open(&s->shards, dir, err));
     const lsa_shards_info *f = lsa_shards_get_info(s->shards);
     if (f->hidden != geom->hidden)
-        LSA_FAIL(LSA_E_CONFIG, "the shards hold hidden vectors of %d, the indexer reads %d", f->hidden, geom->hidden);
+        LSA_FAIL(LSA_E_CONFIG, "the shards hold hidden vectors of %d, the indexer reads %d", f->hidden,
+                 geom->hidden);
     for (int32_t l = 0; l < geom->n_layer; l++)
-        if (geom->ord[l].v >= f->n_csa || f->csa_id[geom->ord[l].v].v != geom->id[l].v || !f->has_keys[geom->ord[l].v])
-            LSA_FAIL(LSA_E_CONFIG, "the shards hold no keys and hidden vectors of CSA layer %d (layer id %d)", geom->ord[l].v, geom->id[l].v);
+        if (geom->ord[l].v >= f->n_csa || f->csa_id[geom->ord[l].v].v != geom->id[l].v ||
+            !f->has_keys[geom->ord[l].v])
+            LSA_FAIL(LSA_E_CONFIG, "the shards hold no keys and hidden vectors of CSA layer %d (layer id %d)",
+                     geom->ord[l].v, geom->id[l].v);
     if (need_mass && r->target == LSA_TARGET_NATIVE && !f->has_stats)
-        LSA_FAIL(LSA_E_CONFIG, "the shards hold no /stats (dumped with --no-stats): KL and captured mass need them");
+        LSA_FAIL(LSA_E_CONFIG,
+                 "the shards hold no /stats (dumped with --no-stats): KL and captured mass need them");
     if (need_mass && r->target == LSA_TARGET_DENSE && !f->has_dense)
         LSA_FAIL(LSA_E_CONFIG, "loss.target dense needs shards dumped with --dense-every");
     if (r->mode == LSA_MODE_REFERENCE && f->hidden_stride != 1)
-        LSA_FAIL(LSA_E_CONFIG, "train.mode reference asks every token, but the shards keep hidden vectors every %d tokens; dump with --hidden-stride 1",
-                 f->hidden_stride);
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "train.mode reference asks every token, but the shards keep hidden vectors every %d tokens; dump with --hidden-stride 1",
+            f->hidden_stride);
     if (r->mode == LSA_MODE_LOOKAHEAD && r->stride % f->hidden_stride)
-        LSA_FAIL(LSA_E_CONFIG, "window.stride %lld is not a multiple of the shards' hidden stride %d", (long long)r->stride, f->hidden_stride);
+        LSA_FAIL(LSA_E_CONFIG, "window.stride %lld is not a multiple of the shards' hidden stride %d",
+                 (long long)r->stride, f->hidden_stride);
     s->n_doc = f->n_doc;
     s->n_train = lsa_max_i64(0, f->n_doc - r->val_documents);
     LSA_TRY(LSA_NEW(s->slot, s->n_doc, err));
@@ -70,6 +78,7 @@ static void doc_fini(lsa_train_doc *d) {
         lsa_free(d->hidden[l]);
         lsa_free(d->key[l]);
         lsa_csr_fini(&d->mass[l]);
+        lsa_csr_fini(&d->native[l]);
     }
     lsa_free(d->hidden_pos);
     lsa_free(d->trivial);
@@ -156,8 +165,10 @@ static lsa_status mark_trivial(lsa_train_doc *d, int64_t min_layers, lsa_err *er
     lsa_status st = LSA_NEW(count, d->info.n_key, err);
     if (st == LSA_OK) st = LSA_NEW(d->trivial, d->info.n_key, err);
     if (st == LSA_OK) {
-        for (int64_t j = 0; j < d->labels.n_entry; j++) count[d->labels.chunk[j]] += d->labels.votes[j] >= min_layers;
-        for (int64_t c = 0; c < d->info.n_key; c++) d->trivial[c] = (double)count[c] > 0.8 * (double)d->info.n_row;
+        for (int64_t j = 0; j < d->labels.n_entry; j++)
+            count[d->labels.chunk[j]] += d->labels.votes[j] >= min_layers;
+        for (int64_t c = 0; c < d->info.n_key; c++)
+            d->trivial[c] = (double)count[c] > 0.8 * (double)d->info.n_row;
     }
     lsa_free(count);
     return st;
@@ -179,8 +190,16 @@ static lsa_status load(lsa_source *s, lsa_train_doc *d, int64_t doc, lsa_err *er
     LSA_TRY(lsa_shards_labels(&d->labels, s->shards, doc, err));
     d->bytes += d->labels.n_entry * 5 + d->labels.n_row * 8;
     for (int32_t o = 0; s->need_mass && o < f->n_csa; o++) {
-        if (s->r->target == LSA_TARGET_NATIVE) LSA_TRY(lsa_shards_stats(&d->mass[o], s->shards, doc, (lsa_csa_ord){o}, err));
-        else LSA_TRY(lsa_shards_dense(&d->mass[o], s->shards, doc, (lsa_csa_ord){o}, err));
+        if (s->r->target == LSA_TARGET_DENSE && f->has_stats) {
+            LSA_TRY(lsa_shards_stats(&d->native[o], s->shards, doc, (lsa_csa_ord){o}, err));
+            lsa_free(d->native[o].logit);
+            d->native[o].logit = NULL;
+            d->bytes += d->native[o].n_entry * 6 + d->native[o].n_row * 8;
+        }
+        if (s->r->target == LSA_TARGET_NATIVE)
+            LSA_TRY(lsa_shards_stats(&d->mass[o], s->shards, doc, (lsa_csa_ord){o}, err));
+        else
+            LSA_TRY(lsa_shards_dense(&d->mass[o], s->shards, doc, (lsa_csa_ord){o}, err));
         lsa_free(d->mass[o].logit);
         d->mass[o].logit = NULL;
         d->bytes += d->mass[o].n_entry * 6 + d->mass[o].n_row * 8;
@@ -196,7 +215,9 @@ static void make_room(lsa_source *s) {
     while (s->bytes > limit) {
         int64_t old = -1;
         for (int64_t i = 0; i < s->n_doc; i++)
-            if (s->slot[i].used >= 0 && !s->slot[i].pinned && (old < 0 || s->slot[i].used < s->slot[old].used)) old = i;
+            if (s->slot[i].used >= 0 && !s->slot[i].pinned &&
+                (old < 0 || s->slot[i].used < s->slot[old].used))
+                old = i;
         if (old < 0) return; /* what a batch needs stays, whatever the budget */
         s->bytes -= s->slot[old].d.bytes;
         doc_fini(&s->slot[old].d);
@@ -223,7 +244,8 @@ void lsa_source_unpin(lsa_source *s) {
     for (int64_t i = 0; i < s->n_doc; i++) s->slot[i].pinned = false;
 }
 
-lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc *d, int64_t i, lsa_err *err) {
+lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc *d, int64_t i,
+                         lsa_err *err) {
     const lsa_recipe *r = s->r;
     const int64_t stride = lsa_shards_get_info(s->shards)->hidden_stride;
     if (r->mode == LSA_MODE_REFERENCE) {
@@ -235,28 +257,25 @@ lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc
         w->start = first_start(r) + i * r->stride;
         w->end = w->start + r->tau;
         w->query = w->start - 1;
-        w->n_cand = !r->causal ? d->info.n_key : r->exclude_resident ? lsa_evictable(w->start, r->tail) : w->start / LSA_CHUNK;
+        w->n_cand = !r->causal            ? d->info.n_key
+                    : r->exclude_resident ? lsa_evictable(w->start, r->tail)
+                                          : w->start / LSA_CHUNK;
     }
     w->hidden_row = (w->query + 1) / stride - 1;
-    if (w->hidden_row < 0 || w->hidden_row >= d->info.n_hidden || d->hidden_pos[w->hidden_row] != w->query || w->n_cand > d->info.n_key)
-        LSA_RET_FAIL(LSA_E_FORMAT, "document %lld has no hidden vector of token %lld; the shards are damaged: run 'lsa-dump verify'", (long long)d->doc,
-                     (long long)w->query);
+    if (w->hidden_row < 0 || w->hidden_row >= d->info.n_hidden || d->hidden_pos[w->hidden_row] != w->query ||
+        w->n_cand > d->info.n_key)
+        LSA_RET_FAIL(
+            LSA_E_FORMAT,
+            "document %lld has no hidden vector of token %lld; the shards are damaged: run 'lsa-dump verify'",
+            (long long)d->doc, (long long)w->query);
     return LSA_OK;
 }
 
-void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const lsa_train_doc *d, const lsa_window *w) {
-    if (votes) {
-        memset(votes, 0, (size_t)w->n_cand);
-        for (int64_t j = d->labels.begin[w->start]; j < d->labels.begin[w->end]; j++) {
-            const int32_t c = d->labels.chunk[j];
-            const uint8_t v = d->labels.votes[j];
-            if (c < w->n_cand && v >= s->r->min_layers && v > votes[c]) votes[c] = v;
-        }
-    }
-    if (!mass) return;
+/* mass[c] = what the rows of the window hold on chunk c, over all layers, in row order within a layer. */
+static void sum_mass(float *mass, const lsa_csr *layer, const lsa_window *w) {
     memset(mass, 0, (size_t)w->n_cand * sizeof *mass);
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) {
-        const lsa_csr *m = &d->mass[o];
+        const lsa_csr *m = &layer[o];
         if (m->n_row == 0) continue;
         int64_t a = w->start, b = w->end;
         if (m->row) { /* sampled rows only */
@@ -268,4 +287,23 @@ void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const ls
         for (int64_t j = m->begin[a]; j < m->begin[b]; j++)
             if (m->chunk[j] < w->n_cand) mass[m->chunk[j]] += lsa_f16_to_f32(m->mass[j]);
     }
+}
+
+void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const lsa_train_doc *d,
+                      const lsa_window *w) {
+    if (votes) {
+        memset(votes, 0, (size_t)w->n_cand);
+        for (int64_t j = d->labels.begin[w->start]; j < d->labels.begin[w->end]; j++) {
+            const int32_t c = d->labels.chunk[j];
+            const uint8_t v = d->labels.votes[j];
+            if (c < w->n_cand && v >= s->r->min_layers && v > votes[c]) votes[c] = v;
+        }
+    }
+    if (mass) sum_mass(mass, d->mass, w);
+}
+
+void lsa_window_native(float *mass, const lsa_train_doc *d, const lsa_window *w) {
+    bool apart = false;
+    for (int32_t o = 0; o < LSA_MAX_CSA; o++) apart = apart || d->native[o].n_row > 0;
+    sum_mass(mass, apart ? d->native : d->mass, w);
 }

@@ -1,4 +1,5 @@
-/* The step: see step.h. NUMERIC: losses come back as one double per row and are added on the host in row order. */
+/* The step: see step.h. NUMERIC: losses come back as one double per row and are added on the host in row
+ * order. */
 #include "trainer/step.h"
 
 #include <math.h>
@@ -35,8 +36,9 @@ double lsa_lr(const lsa_recipe *r, int64_t step) {
     return r->min_lr + 0.5 * (r->lr - r->min_lr) * (1.0 + cos(3.14159265358979323846 * x));
 }
 
-lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, const lsa_recipe *r, const lsa_indexer_geom *g, const float *params, const float *m,
-                              const float *v, int64_t updates, lsa_err *err) {
+lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, const lsa_recipe *r, const lsa_indexer_geom *g,
+                              const float *params, const float *m, const float *v, int64_t updates,
+                              lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_trainer *t = NULL;
     float freq[64];
@@ -72,8 +74,8 @@ void lsa_trainer_destroy(lsa_trainer *t) {
         void *p[] = {t->x[l], t->act[l].a, t->act[l].rstd, t->act[l].u, t->act[l].q, t->act[l].w, t->key[l]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     }
-    void *p[] = {t->p, t->grad, t->m, t->v, t->freq, t->norm, t->position, t->key_base, t->n_cand, t->cand,
-                 t->y, t->weight, t->z, t->dz, t->dq, t->dw, t->du, t->row_loss};
+    void *p[] = {t->p,    t->grad, t->m,      t->v, t->freq, t->norm, t->position, t->key_base, t->n_cand,
+                 t->cand, t->y,    t->weight, t->z, t->dz,   t->dq,   t->dw,       t->du,       t->row_loss};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     lsa_free(t->host_loss);
     lsa_free(t);
@@ -93,11 +95,11 @@ done:
     return st;
 }
 
-#define ROOM(p, n)                                                                                                    \
-    do {                                                                                                              \
-        lsa_ctx_free(t->ctx, p);                                                                                      \
-        (p) = NULL;                                                                                                   \
-        LSA_TRY(LSA_CTX_NEW(t->ctx, p, n, err));                                                                      \
+#define ROOM(p, n)                                                                                           \
+    do {                                                                                                     \
+        lsa_ctx_free(t->ctx, p);                                                                             \
+        (p) = NULL;                                                                                          \
+        LSA_TRY(LSA_CTX_NEW(t->ctx, p, n, err));                                                             \
     } while (0)
 
 static lsa_status room(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
@@ -153,7 +155,8 @@ static lsa_status upload_queries(lsa_trainer *t, const lsa_batch *b, lsa_err *er
     LSA_TRY(lsa_ctx_upload(t->ctx, t->position, b->position, m * sizeof *b->position, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->key_base, b->key_base, m * sizeof *b->key_base, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->n_cand, b->n_cand, m * sizeof *b->n_cand, err));
-    if (b->has_cand) LSA_TRY(lsa_ctx_upload(t->ctx, t->cand, b->cand, m * (size_t)b->n * sizeof *b->cand, err));
+    if (b->has_cand)
+        LSA_TRY(lsa_ctx_upload(t->ctx, t->cand, b->cand, m * (size_t)b->n * sizeof *b->cand, err));
 done:
     return st;
 }
@@ -164,8 +167,10 @@ static lsa_status query(lsa_trainer *t, const lsa_batch *b, int32_t l, lsa_err *
 
 static lsa_status score(lsa_trainer *t, const lsa_batch *b, int32_t l, bool accumulate, lsa_err *err) {
     return lsa_indexer_score_fwd(t->ctx,
-                                 &(lsa_indexer_score_fwd_args){b->m, t->g.n_head, 128, b->n, b->n_key, t->act[l].q, t->act[l].w, t->key[l], t->key_base,
-                                                               b->has_cand ? t->cand : NULL, t->n_cand, accumulate, t->z},
+                                 &(lsa_indexer_score_fwd_args){b->m, t->g.n_head, 128, b->n, b->n_key,
+                                                               t->act[l].q, t->act[l].w, t->key[l],
+                                                               t->key_base, b->has_cand ? t->cand : NULL,
+                                                               t->n_cand, accumulate, t->z},
                                  err);
 }
 
@@ -175,19 +180,26 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
     const lsa_recipe *r = t->r;
     switch (r->loss) {
     case LSA_LOSS_KL:
-        LSA_TRY(lsa_loss_kl(t->ctx, &(lsa_loss_kl_args){b->m, b->n, (float)(part / (double)lsa_max_i64(1, b->n_row)), t->z, t->y, NULL, t->n_cand, t->dz, t->row_loss}, err));
+        LSA_TRY(lsa_loss_kl(t->ctx,
+                            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (double)lsa_max_i64(1, b->n_row)),
+                                                t->z, t->y, NULL, t->n_cand, t->dz, t->row_loss},
+                            err));
         break;
     case LSA_LOSS_BCE:
     case LSA_LOSS_FOCAL:
-        LSA_TRY(lsa_loss_pointwise(t->ctx,
-                                   &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL, (float)r->smoothing,
-                                                              (float)(part / (double)lsa_max_i64(1, b->n_elem)), t->z, t->y, t->weight, t->n_cand, t->dz, t->row_loss},
-                                   err));
+        LSA_TRY(lsa_loss_pointwise(
+            t->ctx,
+            &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL, (float)r->smoothing,
+                                       (float)(part / (double)lsa_max_i64(1, b->n_elem)), t->z, t->y,
+                                       t->weight, t->n_cand, t->dz, t->row_loss},
+            err));
         break;
     default:
         LSA_TRY(lsa_loss_pairwise(t->ctx,
-                                  &(lsa_loss_pairwise_args){b->m, b->n, r->loss == LSA_LOSS_MARGIN, (float)r->margin,
-                                                            (float)(part / (double)lsa_max_i64(1, b->n_pair)), t->z, t->y, t->n_cand, t->dz, t->row_loss},
+                                  &(lsa_loss_pairwise_args){b->m, b->n, r->loss == LSA_LOSS_MARGIN,
+                                                            (float)r->margin,
+                                                            (float)(part / (double)lsa_max_i64(1, b->n_pair)),
+                                                            t->z, t->y, t->n_cand, t->dz, t->row_loss},
                                   err));
     }
     LSA_TRY(lsa_ctx_download(t->ctx, t->host_loss, t->row_loss, (size_t)b->m * sizeof *t->host_loss, err));
@@ -199,10 +211,13 @@ done:
 static lsa_status backward(lsa_trainer *t, const lsa_batch *b, int32_t l, lsa_err *err) {
     lsa_status st = LSA_OK;
     LSA_TRY(lsa_indexer_score_bwd(t->ctx,
-                                  &(lsa_indexer_score_bwd_args){b->m, t->g.n_head, 128, b->n, b->n_key, t->act[l].q, t->act[l].w, t->key[l], t->key_base,
-                                                                b->has_cand ? t->cand : NULL, t->n_cand, t->dz, t->dq, t->dw},
+                                  &(lsa_indexer_score_bwd_args){b->m, t->g.n_head, 128, b->n, b->n_key,
+                                                                t->act[l].q, t->act[l].w, t->key[l],
+                                                                t->key_base, b->has_cand ? t->cand : NULL,
+                                                                t->n_cand, t->dz, t->dq, t->dw},
                                   err));
-    LSA_TRY(lsa_indexer_query_bwd(t->ctx, &t->g, t->p, t->grad, l, b->m, t->x[l], t->position, t->freq, &t->act[l], t->dq, t->dw, t->du, false, err));
+    LSA_TRY(lsa_indexer_query_bwd(t->ctx, &t->g, t->p, t->grad, l, b->m, t->x[l], t->position, t->freq,
+                                  &t->act[l], t->dq, t->dw, t->du, false, err));
 done:
     return st;
 }
@@ -216,22 +231,25 @@ static lsa_status update(lsa_trainer *t, double lr, double scale, lsa_err *err) 
             const lsa_indexer_tensor x = lsa_indexer_tensor_at(&t->g, l, (lsa_indexer_part)p);
             const double wd = p == LSA_Q_NORM && !r->decay_norm ? 0.0 : r->weight_decay;
             LSA_TRY(lsa_adamw(t->ctx,
-                              &(lsa_adamw_args){x.n, t->updates, (float)lr, (float)r->beta1, (float)r->beta2, (float)r->eps, (float)wd, (float)scale,
-                                                t->grad + x.offset, t->p + x.offset, t->m + x.offset, t->v + x.offset},
+                              &(lsa_adamw_args){x.n, t->updates, (float)lr, (float)r->beta1, (float)r->beta2,
+                                                (float)r->eps, (float)wd, (float)scale, t->grad + x.offset,
+                                                t->p + x.offset, t->m + x.offset, t->v + x.offset},
                               err));
         }
 done:
     return st;
 }
 
-lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batch *b, int64_t step, lsa_err *err) {
+lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batch *b, int64_t step,
+                            lsa_err *err) {
     lsa_status st = LSA_OK;
     const int32_t L = t->g.n_layer;
     double norm2 = 0;
     *out = (lsa_step_result){.lr = lsa_lr(t->r, step)};
     LSA_TRY(upload_queries(t, b, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->y, b->y, (size_t)(b->m * b->n) * sizeof *b->y, err));
-    if (t->r->loss != LSA_LOSS_KL) LSA_TRY(lsa_ctx_upload(t->ctx, t->weight, b->weight, (size_t)(b->m * b->n) * sizeof *b->weight, err));
+    if (t->r->loss != LSA_LOSS_KL)
+        LSA_TRY(lsa_ctx_upload(t->ctx, t->weight, b->weight, (size_t)(b->m * b->n) * sizeof *b->weight, err));
     for (int32_t l = 0; l < L; l++) LSA_TRY(query(t, b, l, err));
     if (t->r->ensemble == LSA_ON_SUM) {
         for (int32_t l = 0; l < L; l++) LSA_TRY(score(t, b, l, l > 0, err));
@@ -249,7 +267,8 @@ lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batc
     out->grad_norm = sqrt(norm2);
     out->skipped = !isfinite(out->loss) || !isfinite(out->grad_norm);
     if (out->skipped) goto done;
-    const double scale = t->r->clip > 0 && out->grad_norm > t->r->clip ? t->r->clip / (out->grad_norm + 1e-6) : 1.0;
+    const double scale =
+        t->r->clip > 0 && out->grad_norm > t->r->clip ? t->r->clip / (out->grad_norm + 1e-6) : 1.0;
     LSA_TRY(update(t, out->lr, scale, err));
 done:
     return st;

@@ -1,4 +1,5 @@
-/* One training step on one context: forward, loss, backward, clip, update. The only hot path; the same code for every backend. */
+/* One training step on one context: forward, loss, backward, clip, update. The only hot path; the same code
+ * for every backend. */
 #ifndef LSA_TRAINER_STEP_H
 #define LSA_TRAINER_STEP_H
 
@@ -9,8 +10,9 @@
 typedef struct lsa_trainer lsa_trainer; /* parameters, gradients, moments and work arrays in backend memory */
 
 /* params, and m and v unless NULL (then zeros): host, flat. */
-LSA_NODISCARD lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, const lsa_recipe *r, const lsa_indexer_geom *g, const float *params,
-                                            const float *m, const float *v, int64_t updates, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, const lsa_recipe *r,
+                                            const lsa_indexer_geom *g, const float *params, const float *m,
+                                            const float *v, int64_t updates, lsa_err *err);
 int64_t lsa_trainer_updates(const lsa_trainer *t); /* updates made so far: AdamW's t, without skipped steps */
 void lsa_trainer_destroy(lsa_trainer *t);
 /* Host copies, flat; any may be NULL. */
@@ -21,7 +23,8 @@ typedef struct lsa_step_result {
     bool skipped; /* loss or norm not finite: nothing was updated */
 } lsa_step_result;
 /* step counts from 0; it sets the learning rate. */
-LSA_NODISCARD lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batch *b, int64_t step, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batch *b,
+                                          int64_t step, lsa_err *err);
 
 /* Logits of every joint layer for a batch without labels: z (host) [n_layer, m, n]. */
 LSA_NODISCARD lsa_status lsa_trainer_score(lsa_trainer *t, const lsa_batch *b, float *z, lsa_err *err);

@@ -1,5 +1,6 @@
-/* TFRecord framing (length, masked CRC32C of the length, data, masked CRC32C of the data) around Event protobufs with the
- * fields wall_time = 1 (double), step = 2 (varint), file_version = 3 (string), summary = 5 {value = 1 {tag = 1, simple_value = 2}}. */
+/* TFRecord framing (length, masked CRC32C of the length, data, masked CRC32C of the data) around Event
+ * protobufs with the fields wall_time = 1 (double), step = 2 (varint), file_version = 3 (string), summary = 5
+ * {value = 1 {tag = 1, simple_value = 2}}. */
 #include "trainer/tboard.h"
 
 #include <errno.h>

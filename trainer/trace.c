@@ -13,7 +13,8 @@ struct lsa_trace {
     LSA_VEC(int64_t) seen; /* documents whose keys are stored */
 };
 
-static lsa_status put(lsa_trace *t, const char *name, lsa_dtype type, int64_t rows, int64_t cols, const void *data, lsa_err *err) {
+static lsa_status put(lsa_trace *t, const char *name, lsa_dtype type, int64_t rows, int64_t cols,
+                      const void *data, lsa_err *err) {
     lsa_status st = LSA_OK;
     char *copy_name = NULL, *copy = NULL;
     const int64_t bytes = rows * (cols ? cols : 1) * (int64_t)lsa_dtype_bytes(type);
@@ -38,7 +39,8 @@ lsa_status lsa_trace_create(lsa_trace **out, const float *params, const lsa_inde
     for (int32_t l = 0; l < g->n_layer; l++)
         for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
             const lsa_indexer_tensor x = lsa_indexer_tensor_at(g, l, (lsa_indexer_part)p);
-            LSA_TRY(put(t, x.name, LSA_F32, x.shape[0], x.n_dim == 2 ? x.shape[1] : 0, params + x.offset, err));
+            LSA_TRY(
+                put(t, x.name, LSA_F32, x.shape[0], x.n_dim == 2 ? x.shape[1] : 0, params + x.offset, err));
         }
     *out = t;
     t = NULL;
@@ -63,7 +65,8 @@ void lsa_trace_destroy(lsa_trace *t) {
     lsa_free(t);
 }
 
-static lsa_status put_keys(lsa_trace *t, const lsa_batch *b, const lsa_indexer_geom *g, int64_t i, lsa_err *err) {
+static lsa_status put_keys(lsa_trace *t, const lsa_batch *b, const lsa_indexer_geom *g, int64_t i,
+                           lsa_err *err) {
     lsa_status st = LSA_OK;
     char name[64];
     for (int64_t k = 0; k < t->seen.len; k++)
@@ -73,7 +76,8 @@ static lsa_status put_keys(lsa_trace *t, const lsa_batch *b, const lsa_indexer_g
         if (b->key_base[j] > b->key_base[i] && b->key_base[j] < end) end = b->key_base[j];
     for (int32_t l = 0; l < g->n_layer; l++) {
         snprintf(name, sizeof name, "keys.%lld.%d", (long long)b->doc[i], l);
-        LSA_TRY(put(t, name, LSA_U8, end - b->key_base[i], LSA_KEY_BYTES, b->key[l] + b->key_base[i] * LSA_KEY_BYTES, err));
+        LSA_TRY(put(t, name, LSA_U8, end - b->key_base[i], LSA_KEY_BYTES,
+                    b->key[l] + b->key_base[i] * LSA_KEY_BYTES, err));
     }
     LSA_TRY(LSA_VEC_RESERVE(t->seen, t->seen.len + 1, err));
     t->seen.data[t->seen.len++] = b->doc[i];
@@ -81,14 +85,15 @@ done:
     return st;
 }
 
-lsa_status lsa_trace_add(lsa_trace *t, const lsa_batch *b, const lsa_indexer_geom *g, double loss, lsa_err *err) {
+lsa_status lsa_trace_add(lsa_trace *t, const lsa_batch *b, const lsa_indexer_geom *g, double loss,
+                         lsa_err *err) {
     lsa_status st = LSA_OK;
     char name[64];
     const long long s = (long long)t->loss.len;
-#define PUT(what, type, cols, data)                                                                                   \
-    do {                                                                                                              \
-        snprintf(name, sizeof name, "%lld." what, s);                                                                 \
-        LSA_TRY(put(t, name, type, b->m, cols, data, err));                                                           \
+#define PUT(what, type, cols, data)                                                                          \
+    do {                                                                                                     \
+        snprintf(name, sizeof name, "%lld." what, s);                                                        \
+        LSA_TRY(put(t, name, type, b->m, cols, data, err));                                                  \
     } while (0)
     PUT("n_cand", LSA_I32, 0, b->n_cand);
     PUT("position", LSA_I64, 0, b->position);

@@ -39,7 +39,8 @@ static void set_number(struct argp_state *st, const lsa_opt *o, const char *arg)
         }
     }
     if (errno || end == arg || *end || v > (INT64_MAX >> shift) || (o->type == LSA_OPT_SIZE && v < 1))
-        argp_error(st, "--%s needs %s, not '%s'", o->name, o->type == LSA_OPT_SIZE ? "a size such as 16M" : "an integer", arg);
+        argp_error(st, "--%s needs %s, not '%s'", o->name,
+                   o->type == LSA_OPT_SIZE ? "a size such as 16M" : "an integer", arg);
     *(int64_t *)o->dst = (int64_t)((uint64_t)v << shift);
 }
 
@@ -48,17 +49,24 @@ static error_t on_option(int key, char *arg, struct argp_state *st) {
     if (key >= KEY0 && key < KEY0 + MAX_OPTS) {
         const lsa_opt *o = &p->opts[key - KEY0];
         switch (o->type) {
-        case LSA_OPT_FLAG: *(bool *)o->dst = true; break;
-        case LSA_OPT_STR: *(const char **)o->dst = arg; break;
+        case LSA_OPT_FLAG:
+            *(bool *)o->dst = true;
+            break;
+        case LSA_OPT_STR:
+            *(const char **)o->dst = arg;
+            break;
         case LSA_OPT_MULTI: {
             lsa_multi *m = o->dst;
-            if (m->n == LSA_MULTI_MAX) argp_error(st, "--%s may be given at most %d times", o->name, LSA_MULTI_MAX);
+            if (m->n == LSA_MULTI_MAX)
+                argp_error(st, "--%s may be given at most %d times", o->name, LSA_MULTI_MAX);
             m->v[m->n++] = arg;
             break;
         }
         case LSA_OPT_I64:
         case LSA_OPT_F64:
-        case LSA_OPT_SIZE: set_number(st, o, arg); break;
+        case LSA_OPT_SIZE:
+            set_number(st, o, arg);
+            break;
         }
         return 0;
     }
@@ -74,7 +82,8 @@ static error_t on_option(int key, char *arg, struct argp_state *st) {
     return ARGP_ERR_UNKNOWN;
 }
 
-void lsa_cli_parse(const char *summary, const char *args_doc, const lsa_opt *opts, int argc, char **argv, const char **pos, int n_pos) {
+void lsa_cli_parse(const char *summary, const char *args_doc, const lsa_opt *opts, int argc, char **argv,
+                   const char **pos, int n_pos) {
     struct argp_option a[MAX_OPTS + 1] = {{0}};
     for (int i = 0; opts[i].name && i < MAX_OPTS; i++) {
         a[i].name = opts[i].name;
@@ -90,7 +99,9 @@ void lsa_cli_parse(const char *summary, const char *args_doc, const lsa_opt *opt
 static void print_usage(FILE *f, const char *program, const char *about, const lsa_subcommand *subs) {
     fprintf(f, "%s: %s\n\nUsage: %s COMMAND [OPTIONS...]\n\nCommands:\n", program, about, program);
     for (int i = 0; subs[i].name; i++) fprintf(f, "  %-10s %s\n", subs[i].name, subs[i].summary);
-    fprintf(f, "\n%s COMMAND --help lists the options of a command; %s --version says what this build can do.\n", program, program);
+    fprintf(f,
+            "\n%s COMMAND --help lists the options of a command; %s --version says what this build can do.\n",
+            program, program);
 }
 
 int lsa_cli_main(const char *program, const char *about, const lsa_subcommand *subs, int argc, char **argv) {

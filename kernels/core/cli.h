@@ -1,5 +1,6 @@
-/* Command lines over glibc's argp: one table of subcommands per program, one table of options per subcommand. Wrong flags
- * end the process with exit code 2 and a pointer to --help; --help and --version work everywhere. Programs only. */
+/* Command lines over glibc's argp: one table of subcommands per program, one table of options per subcommand.
+ * Wrong flags end the process with exit code 2 and a pointer to --help; --help and --version work everywhere.
+ * Programs only. */
 #ifndef LSA_KERNELS_CORE_CLI_H
 #define LSA_KERNELS_CORE_CLI_H
 
@@ -7,7 +8,14 @@
 
 #include "kernels/core/lsa_status.h"
 
-typedef enum lsa_opt_type { LSA_OPT_FLAG, LSA_OPT_STR, LSA_OPT_I64, LSA_OPT_F64, LSA_OPT_SIZE, LSA_OPT_MULTI } lsa_opt_type;
+typedef enum lsa_opt_type {
+    LSA_OPT_FLAG,
+    LSA_OPT_STR,
+    LSA_OPT_I64,
+    LSA_OPT_F64,
+    LSA_OPT_SIZE,
+    LSA_OPT_MULTI
+} lsa_opt_type;
 
 #define LSA_MULTI_MAX 64
 typedef struct lsa_multi { /* an option that may be given several times */
@@ -15,8 +23,8 @@ typedef struct lsa_multi { /* an option that may be given several times */
     int n;
 } lsa_multi;
 
-/* dst: bool*, const char**, int64_t*, double*, int64_t* (bytes; suffixes K, M, G are powers of 1024), lsa_multi*. The value
- * before parsing is the default. Ends with {0}. */
+/* dst: bool*, const char**, int64_t*, double*, int64_t* (bytes; suffixes K, M, G are powers of 1024),
+ * lsa_multi*. The value before parsing is the default. Ends with {0}. */
 typedef struct lsa_opt {
     const char *name; /* long name without -- */
     const char *arg;  /* shown in --help; NULL for flags */
@@ -25,8 +33,10 @@ typedef struct lsa_opt {
     const char *help;
 } lsa_opt;
 
-/* Parses argv of one subcommand. Exactly n_pos positional arguments are required; args_doc names them ("SHARDS"). */
-void lsa_cli_parse(const char *summary, const char *args_doc, const lsa_opt *opts, int argc, char **argv, const char **pos, int n_pos);
+/* Parses argv of one subcommand. Exactly n_pos positional arguments are required; args_doc names them
+ * ("SHARDS"). */
+void lsa_cli_parse(const char *summary, const char *args_doc, const lsa_opt *opts, int argc, char **argv,
+                   const char **pos, int n_pos);
 
 typedef struct lsa_subcommand {
     const char *name, *summary;

@@ -1,6 +1,6 @@
-/* Small floating formats: bf16, f16, E4M3 (fn), E8M0, E2M1. Conversions to the small formats round to nearest,
- * ties to even. Source: OCP MX formats; rules and test values in the DeepSeek-V4 architecture notes, 2.1 to 2.4.
- * All functions are pure and thread-safe. */
+/* Small floating formats: bf16, f16, E4M3 (fn), E8M0, E2M1. Conversions to the small formats round to
+ * nearest, ties to even. Source: OCP MX formats; rules and test values in the DeepSeek-V4 architecture
+ * notes, 2.1 to 2.4. All functions are pure and thread-safe. */
 #ifndef LSA_KERNELS_CORE_DTYPE_H
 #define LSA_KERNELS_CORE_DTYPE_H
 
@@ -77,8 +77,8 @@ static inline float lsa_pow2_ceil(float x) {
 size_t lsa_dtype_bytes(lsa_dtype t);
 const char *lsa_dtype_name(lsa_dtype t); /* safetensors spelling: F32, BF16, F8_E4M3 ... */
 
-/* Index key codec `e4m3_f32`: 128 codes, then the fp32 scale, little-endian. scale = max(1e-4, amax)/448 as a plain
- * float (FlashMemory notes 3.4); `row` is the key after RoPE and Hadamard. */
+/* Index key codec `e4m3_f32`: 128 codes, then the fp32 scale, little-endian. scale = max(1e-4, amax)/448 as a
+ * plain float (FlashMemory notes 3.4); `row` is the key after RoPE and Hadamard. */
 void lsa_key_encode(uint8_t out[132], const float row[128]);
 void lsa_key_decode(float row[128], const uint8_t in[132]);
 

@@ -16,7 +16,8 @@
 
 #include "kernels/core/mem.h"
 
-#define SYS_FAIL(what, path) LSA_FAIL(lsa_status_from_errno(errno), "cannot %s '%s': %s", what, path, strerror(errno))
+#define SYS_FAIL(what, path)                                                                                 \
+    LSA_FAIL(lsa_status_from_errno(errno), "cannot %s '%s': %s", what, path, strerror(errno))
 
 lsa_status lsa_path(char out[LSA_PATH_MAX], lsa_err *err, const char *fmt, ...) {
     va_list ap;
@@ -87,9 +88,12 @@ static lsa_status fsync_parent(const char *path, lsa_err *err) {
     char dir[LSA_PATH_MAX];
     snprintf(dir, sizeof dir, "%s", path);
     char *slash = strrchr(dir, '/');
-    if (!slash) snprintf(dir, sizeof dir, ".");
-    else if (slash == dir) dir[1] = 0;
-    else *slash = 0;
+    if (!slash)
+        snprintf(dir, sizeof dir, ".");
+    else if (slash == dir)
+        dir[1] = 0;
+    else
+        *slash = 0;
     return lsa_fsync_path(dir, err);
 }
 
@@ -182,7 +186,8 @@ lsa_status lsa_mkdirs(const char *path, lsa_err *err) {
         char keep = *s;
         *s = 0;
         if (mkdir(p, 0777) != 0 && !(errno == EEXIST && lsa_is_dir(p)))
-            LSA_RET_FAIL(lsa_status_from_errno(errno), "cannot create directory '%s': %s", p, strerror(errno));
+            LSA_RET_FAIL(lsa_status_from_errno(errno), "cannot create directory '%s': %s", p,
+                         strerror(errno));
         *s = keep;
         if (!keep) return LSA_OK;
     }

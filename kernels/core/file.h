@@ -1,8 +1,8 @@
 /* Files: whole reads, read-only maps, and the commit order that never leaves a half-written final name.
  *
- * DURABLE: a final name always means complete: write "<path>.tmp" in the same directory, fsync, close, rename,
- * fsync the directory. "*.tmp" is garbage by definition. A failed fsync is never retried.
- * All functions are thread-safe on different paths. */
+ * DURABLE: a final name always means complete: write "<path>.tmp" in the same directory, fsync, close,
+ * rename, fsync the directory. "*.tmp" is garbage by definition. A failed fsync is never retried. All
+ * functions are thread-safe on different paths. */
 #ifndef LSA_KERNELS_CORE_FILE_H
 #define LSA_KERNELS_CORE_FILE_H
 
@@ -15,7 +15,8 @@
 #define LSA_PATH_MAX 4096
 
 /* out = printf-formatted path; LSA_E_ARG if it does not fit. */
-LSA_NODISCARD lsa_status lsa_path(char out[LSA_PATH_MAX], lsa_err *err, const char *fmt, ...) LSA_PRINTF(3, 4);
+LSA_NODISCARD lsa_status lsa_path(char out[LSA_PATH_MAX], lsa_err *err, const char *fmt, ...)
+    LSA_PRINTF(3, 4);
 
 bool lsa_exists(const char *path);
 bool lsa_is_dir(const char *path);
@@ -36,7 +37,7 @@ typedef struct lsa_commit {
 LSA_NODISCARD lsa_status lsa_commit_begin(lsa_commit *c, const char *path, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_commit_write(lsa_commit *c, const void *data, size_t n_bytes, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_commit_end(lsa_commit *c, lsa_err *err); /* fsync, rename, fsync directory */
-void lsa_commit_abort(lsa_commit *c);                                 /* removes the temporary; safe after end */
+void lsa_commit_abort(lsa_commit *c); /* removes the temporary; safe after end */
 
 /* fsync of an existing file or directory. */
 LSA_NODISCARD lsa_status lsa_fsync_path(const char *path, lsa_err *err);
@@ -50,7 +51,8 @@ LSA_NODISCARD lsa_status lsa_remove_tree(const char *path, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_disk_free(int64_t *out, const char *path, lsa_err *err);
 
 /* pread that retries EINTR and treats a short read as LSA_E_FORMAT (truncated), naming `what`. */
-LSA_NODISCARD lsa_status lsa_pread_all(int fd, void *dst, size_t n_bytes, int64_t offset, const char *what, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_pread_all(int fd, void *dst, size_t n_bytes, int64_t offset, const char *what,
+                                       lsa_err *err);
 
 /* Read-only map of a whole file. An empty file gives data = NULL, n_bytes = 0. */
 typedef struct lsa_map {

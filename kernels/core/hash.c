@@ -25,7 +25,8 @@ lsa_status lsa_xxh64_file(uint64_t *out, const char *path, lsa_err *err) {
         ssize_t n = read(fd, buf, sizeof buf);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) {
-            lsa_status st = lsa_err_set(err, LSA_E_IO, __FILE__, __LINE__, "cannot read '%s': %s", path, strerror(errno));
+            lsa_status st =
+                lsa_err_set(err, LSA_E_IO, __FILE__, __LINE__, "cannot read '%s': %s", path, strerror(errno));
             close(fd);
             return st;
         }
@@ -46,9 +47,12 @@ lsa_status lsa_unhex64(uint64_t *out, const char *s, lsa_err *err) {
     for (int i = 0; i < 16; i++) {
         char c = s ? s[i] : 0;
         uint64_t d;
-        if (c >= '0' && c <= '9') d = (uint64_t)(c - '0');
-        else if (c >= 'a' && c <= 'f') d = (uint64_t)(c - 'a' + 10);
-        else LSA_RET_FAIL(LSA_E_FORMAT, "hash '%.20s' is not 16 lower-case hex digits", s ? s : "");
+        if (c >= '0' && c <= '9')
+            d = (uint64_t)(c - '0');
+        else if (c >= 'a' && c <= 'f')
+            d = (uint64_t)(c - 'a' + 10);
+        else
+            LSA_RET_FAIL(LSA_E_FORMAT, "hash '%.20s' is not 16 lower-case hex digits", s ? s : "");
         *out = *out << 4 | d;
     }
     if (s[16]) LSA_RET_FAIL(LSA_E_FORMAT, "hash '%.20s' is longer than 16 hex digits", s);

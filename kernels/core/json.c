@@ -10,7 +10,9 @@
 lsa_status lsa_json_parse(json_t **out, const char *text, size_t n, const char *where, lsa_err *err) {
     json_error_t e;
     *out = json_loadb(text, n, JSON_REJECT_DUPLICATES, &e);
-    if (!*out) LSA_RET_FAIL(LSA_E_FORMAT, "%s: not valid JSON: line %d, column %d: %s", where, e.line, e.column, e.text);
+    if (!*out)
+        LSA_RET_FAIL(LSA_E_FORMAT, "%s: not valid JSON: line %d, column %d: %s", where, e.line, e.column,
+                     e.text);
     return LSA_OK;
 }
 
@@ -34,18 +36,19 @@ lsa_status lsa_json_save(const json_t *root, const char *path, lsa_err *err) {
     return st;
 }
 
-static lsa_status need(json_t **v, const json_t *o, const char *key, bool ok_missing, const char *where, lsa_err *err) {
+static lsa_status need(json_t **v, const json_t *o, const char *key, bool ok_missing, const char *where,
+                       lsa_err *err) {
     if (!json_is_object(o)) LSA_RET_FAIL(LSA_E_FORMAT, "%s: expected an object that holds '%s'", where, key);
     *v = json_object_get(o, key);
     if (!*v && !ok_missing) LSA_RET_FAIL(LSA_E_FORMAT, "%s: key '%s' is missing", where, key);
     return LSA_OK;
 }
 
-#define GET(ok_missing)                                                                                           \
-    json_t *v = NULL;                                                                                             \
-    lsa_status st = need(&v, o, key, ok_missing, where, err);                                                     \
+#define GET(ok_missing)                                                                                      \
+    json_t *v = NULL;                                                                                        \
+    lsa_status st = need(&v, o, key, ok_missing, where, err);                                                \
     if (st != LSA_OK) return st;
-#define WANT(test, type)                                                                                          \
+#define WANT(test, type)                                                                                     \
     if (!(test)) LSA_RET_FAIL(LSA_E_FORMAT, "%s: key '%s' must be %s", where, key, type);
 
 lsa_status lsa_json_i64(int64_t *out, const json_t *o, const char *key, const char *where, lsa_err *err) {
@@ -88,28 +91,30 @@ lsa_status lsa_json_object(json_t **out, const json_t *o, const char *key, const
     return LSA_OK;
 }
 
-lsa_status lsa_json_i64_or(int64_t *out, int64_t dflt, const json_t *o, const char *key, const char *where, lsa_err *err) {
+lsa_status lsa_json_i64_or(int64_t *out, int64_t dflt, const json_t *o, const char *key, const char *where,
+                           lsa_err *err) {
     *out = dflt;
     GET(true)
     if (!v || json_is_null(v)) return LSA_OK;
     return lsa_json_i64(out, o, key, where, err);
 }
 
-lsa_status lsa_json_f64_or(double *out, double dflt, const json_t *o, const char *key, const char *where, lsa_err *err) {
+lsa_status lsa_json_f64_or(double *out, double dflt, const json_t *o, const char *key, const char *where,
+                           lsa_err *err) {
     *out = dflt;
     GET(true)
     if (!v || json_is_null(v)) return LSA_OK;
     return lsa_json_f64(out, o, key, where, err);
 }
 
-lsa_status lsa_json_i64_in(int64_t *out, int64_t lo, int64_t hi, const json_t *o, const char *key, const char *where,
-                           lsa_err *err) {
+lsa_status lsa_json_i64_in(int64_t *out, int64_t lo, int64_t hi, const json_t *o, const char *key,
+                           const char *where, lsa_err *err) {
     lsa_status st = lsa_json_i64(out, o, key, where, err);
     if (st == LSA_OK && (*out < lo || *out > hi)) {
         int64_t found = *out;
         *out = 0;
-        LSA_RET_FAIL(LSA_E_FORMAT, "%s: key '%s' must be in [%lld, %lld], found %lld", where, key, (long long)lo,
-                     (long long)hi, (long long)found);
+        LSA_RET_FAIL(LSA_E_FORMAT, "%s: key '%s' must be in [%lld, %lld], found %lld", where, key,
+                     (long long)lo, (long long)hi, (long long)found);
     }
     return st;
 }

@@ -1,4 +1,5 @@
-/* Logging, progress and the stop flag: the only process-wide state of lsa, and all of it belongs to programs. */
+/* Logging, progress and the stop flag: the only process-wide state of lsa, and all of it belongs to programs.
+ */
 #include "kernels/core/log.h"
 
 #include <signal.h>
@@ -16,6 +17,7 @@ void lsa_log_set_level(lsa_log_level level) {
     g_level = level;
 }
 
+LSA_PRINTF(3, 0)
 static void say(lsa_log_level level, const char *tag, const char *fmt, va_list ap) {
     if (level > g_level) return;
     char line[2048];
@@ -45,7 +47,8 @@ void lsa_debug(const char *fmt, ...) {
     va_end(ap);
 }
 
-void lsa_progress_begin(lsa_progress *p, const char *what, const char *unit, double total, double already_done) {
+void lsa_progress_begin(lsa_progress *p, const char *what, const char *unit, double total,
+                        double already_done) {
     memset(p, 0, sizeof *p);
     p->what = what;
     p->unit = unit;
@@ -65,8 +68,8 @@ void lsa_progress_update(lsa_progress *p, double done, const char *extra) {
     char line[256], eta[64] = "";
     if (p->total > 0 && rate > 0) snprintf(eta, sizeof eta, ", %.0f s left", (p->total - done) / rate);
     if (p->total > 0)
-        snprintf(line, sizeof line, "%s %.0f/%.0f %s (%.1f %%), %.4g %s/s%s%s%s", p->what, done, p->total, p->unit,
-                 100.0 * done / p->total, rate, p->unit, eta, extra ? ", " : "", extra ? extra : "");
+        snprintf(line, sizeof line, "%s %.0f/%.0f %s (%.1f %%), %.4g %s/s%s%s%s", p->what, done, p->total,
+                 p->unit, 100.0 * done / p->total, rate, p->unit, eta, extra ? ", " : "", extra ? extra : "");
     else
         snprintf(line, sizeof line, "%s %.0f %s, %.4g %s/s%s%s", p->what, done, p->unit, rate, p->unit,
                  extra ? ", " : "", extra ? extra : "");
@@ -88,7 +91,8 @@ void lsa_progress_end(lsa_progress *p) {
 
 int lsa_report_error(const char *program, const lsa_err *err) {
     fprintf(stderr, "%s%s: %s: %s\n", g_line_open ? "\n" : "", program,
-            err->code == LSA_E_INTERRUPTED ? "interrupted" : "error", err->msg[0] ? err->msg : lsa_status_name(err->code));
+            err->code == LSA_E_INTERRUPTED ? "interrupted" : "error",
+            err->msg[0] ? err->msg : lsa_status_name(err->code));
     g_line_open = false;
     return lsa_exit_code(err->code);
 }

@@ -22,7 +22,8 @@ typedef struct lsa_progress {
     double total, t0, shown, first;
     bool tty, open;
 } lsa_progress;
-void lsa_progress_begin(lsa_progress *p, const char *what, const char *unit, double total, double already_done);
+void lsa_progress_begin(lsa_progress *p, const char *what, const char *unit, double total,
+                        double already_done);
 void lsa_progress_update(lsa_progress *p, double done, const char *extra);
 void lsa_progress_end(lsa_progress *p);
 

@@ -25,13 +25,14 @@ static inline int64_t lsa_visible(int64_t position) {
     return (position + 1) / LSA_CHUNK;
 }
 
-/* First chunk that is always resident for the window that starts at token `s` (tail in tokens): chunks below it
- * are evictable. s - tail may be negative: then nothing is evictable. */
+/* First chunk that is always resident for the window that starts at token `s` (tail in tokens): chunks below
+ * it are evictable. s - tail may be negative: then nothing is evictable. */
 static inline int64_t lsa_evictable(int64_t s, int64_t tail) {
     return s > tail ? (s - tail) / LSA_CHUNK : 0;
 }
 
-/* Chunks kept out of `evictable` at a budget in [0, 1]: ceil(budget * evictable), exact for decimal budgets. */
+/* Chunks kept out of `evictable` at a budget in [0, 1]: ceil(budget * evictable), exact for decimal budgets.
+ */
 static inline int64_t lsa_budget_chunks(double budget, int64_t evictable) {
     double x = budget * (double)evictable;
     int64_t k = (int64_t)x;

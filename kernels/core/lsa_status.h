@@ -53,7 +53,8 @@ lsa_status lsa_err_set(lsa_err *err, lsa_status code, const char *file, int line
 /* Puts "context: " in front of an existing message; does nothing if err is NULL or holds no error. */
 void lsa_err_wrap(lsa_err *err, const char *fmt, ...) LSA_PRINTF(2, 3);
 
-/* Code for a failed system call: ENOSPC, EDQUOT and EFBIG give LSA_E_NOSPC, ENOMEM LSA_E_NOMEM, else LSA_E_IO. */
+/* Code for a failed system call: ENOSPC, EDQUOT and EFBIG give LSA_E_NOSPC, ENOMEM LSA_E_NOMEM, else
+ * LSA_E_IO. */
 lsa_status lsa_status_from_errno(int sys);
 
 /* Process exit code: 0 done, 1 failed, 2 wrong flag or recipe, 3 bad file, 4 resource, 5 interrupted with
@@ -63,15 +64,15 @@ int lsa_exit_code(lsa_status code);
 const char *lsa_status_name(lsa_status code);
 
 /* Both need a local `lsa_status st = LSA_OK;`, an `lsa_err *err` and a label `done:`. */
-#define LSA_TRY(expr)                                                                                             \
-    do {                                                                                                          \
-        st = (expr);                                                                                              \
-        if (st != LSA_OK) goto done;                                                                              \
+#define LSA_TRY(expr)                                                                                        \
+    do {                                                                                                     \
+        st = (expr);                                                                                         \
+        if (st != LSA_OK) goto done;                                                                         \
     } while (0)
-#define LSA_FAIL(code, ...)                                                                                       \
-    do {                                                                                                          \
-        st = lsa_err_set(err, (code), __FILE__, __LINE__, __VA_ARGS__);                                           \
-        goto done;                                                                                                \
+#define LSA_FAIL(code, ...)                                                                                  \
+    do {                                                                                                     \
+        st = lsa_err_set(err, (code), __FILE__, __LINE__, __VA_ARGS__);                                      \
+        goto done;                                                                                           \
     } while (0)
 /* The same where nothing needs releasing. */
 #define LSA_RET_FAIL(code, ...) return lsa_err_set(err, (code), __FILE__, __LINE__, __VA_ARGS__)

@@ -12,11 +12,12 @@ lsa_status lsa_alloc_(void **out, int64_t n, size_t size, const char *what, lsa_
     if (n < 0) LSA_RET_FAIL(LSA_E_BUG, "allocating %s: negative count %lld", what, (long long)n);
     if (n == 0) return LSA_OK;
     if (!lsa_mul_i64(n, (int64_t)size, &bytes) || bytes > INT64_MAX - 64)
-        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: %lld elements of %zu bytes overflow", what, (long long)n, size);
+        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: %lld elements of %zu bytes overflow", what, (long long)n,
+                     size);
     void *p = aligned_alloc(64, (size_t)lsa_align_up(bytes, 64));
     if (!p)
-        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: %.1f MiB refused; lower the batch, cache or chunk size", what,
-                     (double)bytes / 1048576.0);
+        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: %.1f MiB refused; lower the batch, cache or chunk size",
+                     what, (double)bytes / 1048576.0);
     memset(p, 0, (size_t)bytes);
     *out = p;
     return LSA_OK;

@@ -15,13 +15,15 @@ void lsa_free(void *p); /* NULL allowed */
 #define LSA_NEW(p, n, err) lsa_alloc_((void **)&(p), (int64_t)(n), sizeof *(p), #p, (err))
 
 /* A growing array: data points to `cap` elements, `len` of them used. Declare LSA_VEC(int32_t) v = {0}. */
-#define LSA_VEC(T)                                                                                                \
-    struct {                                                                                                      \
-        T *data;                                                                                                  \
-        int64_t len, cap;                                                                                         \
+#define LSA_VEC(T)                                                                                           \
+    struct {                                                                                                 \
+        T *data;                                                                                             \
+        int64_t len, cap;                                                                                    \
     }
 /* Grows v to hold at least n elements. */
-#define LSA_VEC_RESERVE(v, n, err) lsa_grow_((void **)&(v).data, &(v).cap, (int64_t)(n), sizeof *(v).data, #v, (err))
-LSA_NODISCARD lsa_status lsa_grow_(void **data, int64_t *cap, int64_t n, size_t size, const char *what, lsa_err *err);
+#define LSA_VEC_RESERVE(v, n, err)                                                                           \
+    lsa_grow_((void **)&(v).data, &(v).cap, (int64_t)(n), sizeof *(v).data, #v, (err))
+LSA_NODISCARD lsa_status lsa_grow_(void **data, int64_t *cap, int64_t n, size_t size, const char *what,
+                                   lsa_err *err);
 
 #endif

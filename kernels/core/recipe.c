@@ -1,5 +1,5 @@
-/* Recipes: see recipe.h. The cyaml schema is made from the key table at run time: a mapping of sections, each a mapping of
- * optional strings. */
+/* Recipes: see recipe.h. The cyaml schema is made from the key table at run time: a mapping of sections, each
+ * a mapping of optional strings. */
 #include "kernels/core/recipe.h"
 
 #include <cyaml/cyaml.h>
@@ -14,7 +14,8 @@
 
 enum { MAX_KEY = 96, MAX_SECTION = 16 };
 
-/* ---- one value --------------------------------------------------------------------------------------------- */
+/* ---- one value
+ * --------------------------------------------------------------------------------------------- */
 
 static lsa_status bad(const lsa_key *k, const char *v, const char *want, const char *where, lsa_err *err) {
     LSA_RET_FAIL(LSA_E_CONFIG, "%s: %s must be %s, found '%.80s'", where, k->name, want, v);
@@ -28,7 +29,8 @@ static lsa_status set_value(void *recipe, const lsa_key *k, const char *v, const
     case LSA_KEY_I64: {
         long long x = strtoll(v, &end, 10);
         snprintf(want, sizeof want, "an integer in [%.0f, %.0f]", k->lo, k->hi);
-        if (errno || end == v || *end || (double)x < k->lo || (double)x > k->hi) return bad(k, v, want, where, err);
+        if (errno || end == v || *end || (double)x < k->lo || (double)x > k->hi)
+            return bad(k, v, want, where, err);
         memcpy(dst, &(int64_t){x}, sizeof(int64_t));
         return LSA_OK;
     }
@@ -101,11 +103,14 @@ static void get_value(char *buf, size_t n, const void *recipe, const lsa_key *k)
         snprintf(buf, n, "%.*s", (int)strcspn(p, "|"), p);
         return;
     }
-    case LSA_KEY_TEXT: snprintf(buf, n, "%s", (const char *)src); return;
+    case LSA_KEY_TEXT:
+        snprintf(buf, n, "%s", (const char *)src);
+        return;
     }
 }
 
-/* ---- names ------------------------------------------------------------------------------------------------- */
+/* ---- names
+ * ------------------------------------------------------------------------------------------------- */
 
 static const lsa_key *find_key(const lsa_key *keys, int n, const char *name) {
     for (int i = 0; i < n; i++)
@@ -135,10 +140,12 @@ static lsa_status unknown_key(const lsa_key *keys, int n, const char *name, cons
     int best = 0;
     for (int i = 1; i < n; i++)
         if (distance(keys[i].name, name) < distance(keys[best].name, name)) best = i;
-    LSA_RET_FAIL(LSA_E_CONFIG, "%s: unknown key '%.80s'; did you mean '%s'? ('lsa-train config' lists all)", where, name, keys[best].name);
+    LSA_RET_FAIL(LSA_E_CONFIG, "%s: unknown key '%.80s'; did you mean '%s'? ('lsa-train config' lists all)",
+                 where, name, keys[best].name);
 }
 
-/* ---- YAML -------------------------------------------------------------------------------------------------- */
+/* ---- YAML
+ * -------------------------------------------------------------------------------------------------- */
 
 typedef struct yaml_schema {
     cyaml_schema_field_t top[MAX_SECTION + 1], field[MAX_SECTION][MAX_KEY + 1];
@@ -165,24 +172,32 @@ static void make_schema(yaml_schema *s, const lsa_key *keys, int n) {
         cyaml_schema_field_t *f = &s->field[k][count[k]++];
         *f = (cyaml_schema_field_t){.key = dot + 1,
                                     .data_offset = (uint32_t)((size_t)i * sizeof(char *)),
-                                    .value = {.type = CYAML_STRING, .flags = CYAML_FLAG_POINTER | CYAML_FLAG_OPTIONAL, .data_size = 1,
+                                    .value = {.type = CYAML_STRING,
+                                              .flags = CYAML_FLAG_POINTER | CYAML_FLAG_OPTIONAL,
+                                              .data_size = 1,
                                               .string = {.min = 0, .max = 4096}}};
     }
     for (int k = 0; k < s->n_section; k++) {
         s->field[k][count[k]] = end;
         s->top[k] = (cyaml_schema_field_t){.key = s->section[k],
                                            .data_offset = 0,
-                                           .value = {.type = CYAML_MAPPING, .flags = CYAML_FLAG_OPTIONAL, .data_size = sizeof(yaml_values),
+                                           .value = {.type = CYAML_MAPPING,
+                                                     .flags = CYAML_FLAG_OPTIONAL,
+                                                     .data_size = sizeof(yaml_values),
                                                      .mapping = {.fields = s->field[k]}}};
     }
     s->top[s->n_section] = end;
-    s->root = (cyaml_schema_value_t){.type = CYAML_MAPPING, .flags = CYAML_FLAG_POINTER, .data_size = sizeof(yaml_values), .mapping = {.fields = s->top}};
+    s->root = (cyaml_schema_value_t){.type = CYAML_MAPPING,
+                                     .flags = CYAML_FLAG_POINTER,
+                                     .data_size = sizeof(yaml_values),
+                                     .mapping = {.fields = s->top}};
 }
 
 typedef struct yaml_log {
     char text[512];
 } yaml_log;
 
+LSA_PRINTF(3, 0)
 static void on_log(cyaml_log_t level, void *ctx, const char *fmt, va_list args) {
     yaml_log *l = ctx;
     size_t n = strlen(l->text);
@@ -201,12 +216,16 @@ static lsa_status yaml_failed(const lsa_key *keys, int n, const char *msg, const
         for (int i = 0; i < n; i++) { /* a known key in the wrong section */
             const char *dot = strchr(keys[i].name, '.');
             if (!strcmp(dot + 1, name))
-                LSA_RET_FAIL(LSA_E_CONFIG, "%s: key '%s' stands in the wrong section; it is '%s'", where, name, keys[i].name);
+                LSA_RET_FAIL(LSA_E_CONFIG, "%s: key '%s' stands in the wrong section; it is '%s'", where,
+                             name, keys[i].name);
         }
         int best = 0;
         for (int i = 1; i < n; i++)
-            if (distance(strchr(keys[i].name, '.') + 1, name) < distance(strchr(keys[best].name, '.') + 1, name)) best = i;
-        LSA_RET_FAIL(LSA_E_CONFIG, "%s: unknown key '%s'; did you mean '%s'? ('lsa-train config' lists all)", where, name, keys[best].name);
+            if (distance(strchr(keys[i].name, '.') + 1, name) <
+                distance(strchr(keys[best].name, '.') + 1, name))
+                best = i;
+        LSA_RET_FAIL(LSA_E_CONFIG, "%s: unknown key '%s'; did you mean '%s'? ('lsa-train config' lists all)",
+                     where, name, keys[best].name);
     }
     LSA_RET_FAIL(LSA_E_CONFIG, "%s: not a valid recipe: %s", where, msg);
 }
@@ -219,12 +238,14 @@ static lsa_status set_defaults(void *out, const lsa_key *keys, int n, lsa_err *e
     return LSA_OK;
 }
 
-lsa_status lsa_recipe_parse(void *out, const lsa_key *keys, int n, const char *text, size_t n_bytes, const char *where, lsa_err *err) {
+lsa_status lsa_recipe_parse(void *out, const lsa_key *keys, int n, const char *text, size_t n_bytes,
+                            const char *where, lsa_err *err) {
     lsa_status st = LSA_OK;
     yaml_schema *s = NULL;
     yaml_values *v = NULL;
     yaml_log log = {""};
-    const cyaml_config_t cfg = {.log_fn = on_log, .log_ctx = &log, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR};
+    const cyaml_config_t cfg = {
+        .log_fn = on_log, .log_ctx = &log, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR};
     LSA_TRY(set_defaults(out, keys, n, err));
     if (n > MAX_KEY) LSA_FAIL(LSA_E_BUG, "too many recipe keys");
     LSA_TRY(LSA_NEW(s, 1, err));
@@ -232,7 +253,8 @@ lsa_status lsa_recipe_parse(void *out, const lsa_key *keys, int n, const char *t
     bool blank = true; /* an empty file is a recipe of defaults */
     for (size_t i = 0; i < n_bytes; i++) blank = blank && strchr(" \t\r\n", text[i]) && text[i];
     if (blank) goto done;
-    cyaml_err_t e = cyaml_load_data((const uint8_t *)text, n_bytes, &cfg, &s->root, (cyaml_data_t **)&v, NULL);
+    cyaml_err_t e =
+        cyaml_load_data((const uint8_t *)text, n_bytes, &cfg, &s->root, (cyaml_data_t **)&v, NULL);
     if (e != CYAML_OK) {
         st = yaml_failed(keys, n, log.text[0] ? log.text : cyaml_strerror(e), where, err);
         goto done;
@@ -245,30 +267,37 @@ done:
     return st;
 }
 
-lsa_status lsa_recipe_load(void *out, const lsa_key *keys, int n, const char *path, const char *const *set, int n_set, lsa_err *err) {
+lsa_status lsa_recipe_set(void *out, const lsa_key *keys, int n, const char *const *set, int n_set,
+                          lsa_err *err) {
+    for (int i = 0; i < n_set; i++) {
+        char name[96];
+        const char *eq = strchr(set[i], '=');
+        if (!eq || (size_t)(eq - set[i]) >= sizeof name)
+            LSA_RET_FAIL(LSA_E_CONFIG, "--set '%s': expected key=value", set[i]);
+        snprintf(name, sizeof name, "%.*s", (int)(eq - set[i]), set[i]);
+        const lsa_key *k = find_key(keys, n, name);
+        if (!k) return unknown_key(keys, n, name, "--set", err);
+        lsa_status st = set_value(out, k, eq + 1, "--set", err);
+        if (st != LSA_OK) return st;
+    }
+    return LSA_OK;
+}
+
+lsa_status lsa_recipe_load(void *out, const lsa_key *keys, int n, const char *path, const char *const *set,
+                           int n_set, lsa_err *err) {
     lsa_status st = LSA_OK;
     char *text = NULL;
     size_t n_bytes = 0;
     if (path) LSA_TRY(lsa_read_file(&text, &n_bytes, path, err));
     LSA_TRY(lsa_recipe_parse(out, keys, n, text ? text : "", n_bytes, path ? path : "recipe", err));
-    for (int i = 0; i < n_set; i++) {
-        char name[96];
-        const char *eq = strchr(set[i], '=');
-        if (!eq || (size_t)(eq - set[i]) >= sizeof name) LSA_FAIL(LSA_E_CONFIG, "--set '%s': expected key=value", set[i]);
-        snprintf(name, sizeof name, "%.*s", (int)(eq - set[i]), set[i]);
-        const lsa_key *k = find_key(keys, n, name);
-        if (!k) {
-            st = unknown_key(keys, n, name, "--set", err);
-            goto done;
-        }
-        LSA_TRY(set_value(out, k, eq + 1, "--set", err));
-    }
+    LSA_TRY(lsa_recipe_set(out, keys, n, set, n_set, err));
 done:
     lsa_free(text);
     return st;
 }
 
-lsa_status lsa_recipe_text(char **out, const void *recipe, const lsa_key *keys, int n, bool help, lsa_err *err) {
+lsa_status lsa_recipe_text(char **out, const void *recipe, const lsa_key *keys, int n, bool help,
+                           lsa_err *err) {
     const int64_t cap = (int64_t)n * 512 + 1;
     char *t = NULL, value[192], range[192];
     size_t at = 0;
@@ -289,11 +318,16 @@ lsa_status lsa_recipe_text(char **out, const void *recipe, const lsa_key *keys, 
         }
         at += (size_t)snprintf(t + at, (size_t)cap - at, "  %s: %s", dot + 1, value);
         if (help) {
-            if (k->type == LSA_KEY_CHOICE) snprintf(range, sizeof range, "%s", k->choices);
-            else if (k->type == LSA_KEY_BOOL) snprintf(range, sizeof range, "true|false");
-            else if (k->type == LSA_KEY_TEXT) snprintf(range, sizeof range, "text");
-            else snprintf(range, sizeof range, "%g to %g", k->lo, k->hi);
-            at += (size_t)snprintf(t + at, (size_t)cap - at, "  # %s (%s; default %s)", k->help, range, *k->dflt ? k->dflt : "none");
+            if (k->type == LSA_KEY_CHOICE)
+                snprintf(range, sizeof range, "%s", k->choices);
+            else if (k->type == LSA_KEY_BOOL)
+                snprintf(range, sizeof range, "true|false");
+            else if (k->type == LSA_KEY_TEXT)
+                snprintf(range, sizeof range, "text");
+            else
+                snprintf(range, sizeof range, "%g to %g", k->lo, k->hi);
+            at += (size_t)snprintf(t + at, (size_t)cap - at, "  # %s (%s; default %s)", k->help, range,
+                                   *k->dflt ? k->dflt : "none");
         }
         at += (size_t)snprintf(t + at, (size_t)cap - at, "\n");
     }
@@ -311,7 +345,8 @@ json_t *lsa_recipe_json(const void *recipe, const lsa_key *keys, int n) {
     return o;
 }
 
-lsa_status lsa_recipe_from_json(void *out, const lsa_key *keys, int n, const json_t *o, const char *where, lsa_err *err) {
+lsa_status lsa_recipe_from_json(void *out, const lsa_key *keys, int n, const json_t *o, const char *where,
+                                lsa_err *err) {
     lsa_status st = set_defaults(out, keys, n, err);
     const char *name;
     json_t *v;

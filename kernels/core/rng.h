@@ -1,5 +1,5 @@
-/* Philox 4x32-10 (Salmon et al., SC 2011): a counter-based generator, so that any element of any stream can be
- * drawn without state and gives the same number on CPU and GPU. Pure functions, thread-safe. */
+/* Philox 4x32-10 (Salmon et al., SC 2011): a counter-based generator, so that any element of any stream can
+ * be drawn without state and gives the same number on CPU and GPU. Pure functions, thread-safe. */
 #ifndef LSA_KERNELS_CORE_RNG_H
 #define LSA_KERNELS_CORE_RNG_H
 

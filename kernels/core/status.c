@@ -41,33 +41,45 @@ lsa_status lsa_status_from_errno(int sys) {
     switch (sys) {
     case ENOSPC:
     case EDQUOT:
-    case EFBIG: return LSA_E_NOSPC;
-    case ENOMEM: return LSA_E_NOMEM;
-    default: return LSA_E_IO;
+    case EFBIG:
+        return LSA_E_NOSPC;
+    case ENOMEM:
+        return LSA_E_NOMEM;
+    default:
+        return LSA_E_IO;
     }
 }
 
 int lsa_exit_code(lsa_status code) {
     switch (code) {
-    case LSA_OK: return 0;
+    case LSA_OK:
+        return 0;
     case LSA_E_ARG:
-    case LSA_E_CONFIG: return 2;
-    case LSA_E_FORMAT: return 3;
+    case LSA_E_CONFIG:
+        return 2;
+    case LSA_E_FORMAT:
+        return 3;
     case LSA_E_NOSPC:
     case LSA_E_NOMEM:
-    case LSA_E_DEVICE: return 4;
-    case LSA_E_INTERRUPTED: return 5;
-    case LSA_E_NUMERIC: return 6;
-    case LSA_E_BUG: return 70;
+    case LSA_E_DEVICE:
+        return 4;
+    case LSA_E_INTERRUPTED:
+        return 5;
+    case LSA_E_NUMERIC:
+        return 6;
+    case LSA_E_BUG:
+        return 70;
     case LSA_E_IO:
     case LSA_E_COMM:
-    case LSA_E_UNSUPPORTED: return 1;
+    case LSA_E_UNSUPPORTED:
+        return 1;
     }
     return 70;
 }
 
 const char *lsa_status_name(lsa_status code) {
-    static const char *const names[] = {"ok",      "argument", "config",  "format",      "io",          "no space", "no memory",
-                                        "device",  "comm",     "numeric", "unsupported", "interrupted", "bug"};
+    static const char *const names[] = {"ok",          "argument",    "config", "format", "io",
+                                        "no space",    "no memory",   "device", "comm",   "numeric",
+                                        "unsupported", "interrupted", "bug"};
     return (unsigned)code < sizeof names / sizeof *names ? names[code] : "unknown";
 }

@@ -1,4 +1,5 @@
-/* The fast CPU column: fixed partitions over OpenMP, matrix products through gemm.h. Same bits for any number of threads.
+/* The fast CPU column: fixed partitions over OpenMP, matrix products through gemm.h. Same bits for any number
+ * of threads.
  *
  * Rows that are cheap next to the products run the truth's own row functions in parallel. */
 #include <math.h>
@@ -44,11 +45,11 @@ static lsa_status gemm(lsa_ctx *c, const lsa_gemm_args *a, lsa_err *err) {
     return LSA_OK;
 }
 
-#define ROWS(op, call)                                                                                                \
-    static lsa_status op(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err) {                                        \
-        (void)c, (void)err;                                                                                           \
-        _Pragma("omp parallel for schedule(dynamic, 4)") for (int64_t i = 0; i < a->m; i++) call(a, i);               \
-        return LSA_OK;                                                                                                \
+#define ROWS(op, call)                                                                                       \
+    static lsa_status op(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err) {                               \
+        (void)c, (void)err;                                                                                  \
+        _Pragma("omp parallel for schedule(dynamic, 4)") for (int64_t i = 0; i < a->m; i++) call(a, i);      \
+        return LSA_OK;                                                                                       \
     }
 ROWS(rmsnorm_fwd, lsa_row_rmsnorm_fwd)
 ROWS(rope_hadamard, lsa_row_rope_hadamard)
@@ -97,11 +98,13 @@ static lsa_status sumsq(lsa_ctx *c, const lsa_sumsq_args *a, lsa_err *err) {
 static lsa_status adamw(lsa_ctx *c, const lsa_adamw_args *a, lsa_err *err) {
     (void)c, (void)err;
     const float b1 = a->beta1, b2 = a->beta2, decay = 1.0f - a->lr * a->weight_decay;
-    const float c1 = (float)(1 - pow((double)b1, (double)a->t)), c2 = (float)sqrt(1 - pow((double)b2, (double)a->t));
+    const float c1 = (float)(1 - pow((double)b1, (double)a->t)),
+                c2 = (float)sqrt(1 - pow((double)b2, (double)a->t));
     const float step = a->lr / c1;
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < a->n; i++) {
-        const float g = a->grad_scale * a->g[i], m = b1 * a->m[i] + (1 - b1) * g, v = b2 * a->v[i] + (1 - b2) * g * g;
+        const float g = a->grad_scale * a->g[i], m = b1 * a->m[i] + (1 - b1) * g,
+                    v = b2 * a->v[i] + (1 - b2) * g * g;
         a->m[i] = m;
         a->v[i] = v;
         a->p[i] = a->p[i] * decay - step * m / (sqrtf(v) / c2 + a->eps);
@@ -110,6 +113,8 @@ static lsa_status adamw(lsa_ctx *c, const lsa_adamw_args *a, lsa_err *err) {
 }
 
 #define LSA_OP(op) .op = op,
-const lsa_backend lsa_backend_cpu = {.name = "cpu", LSA_HOST_MEMORY,
+const lsa_backend lsa_backend_cpu = {
+    .name = "cpu",
+    LSA_HOST_MEMORY,
 #include "kernels/ops.def"
 };

@@ -1,7 +1,8 @@
 /* Matrix products: see gemm.h. OpenBLAS must stay on the calling thread; parallelism is ours.
  *
- * Its OpenMP build follows omp_get_max_threads() when it is called outside an active parallel region (a region of one thread counts
- * as outside), and openblas_set_num_threads() writes that same setting. So the setting is 1 during a call and restored after. */
+ * Its OpenMP build follows omp_get_max_threads() when it is called outside an active parallel region (a
+ * region of one thread counts as outside), and openblas_set_num_threads() writes that same setting. So the
+ * setting is 1 during a call and restored after. */
 #include "kernels/cpu/gemm.h"
 
 #ifdef LSA_HAVE_OPENBLAS
@@ -15,14 +16,15 @@ static void one_thread(void) {
     openblas_set_num_threads(1);
 }
 
-static void gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
-                 int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+static void gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k, float alpha,
+                 const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c,
+                 int64_t ldc) {
     if (m == 0 || n == 0) return;
     const int threads = omp_get_max_threads();
     pthread_once(&g_once, one_thread);
     omp_set_num_threads(1);
-    cblas_sgemm(CblasRowMajor, ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta,
-                c, (blasint)ldc);
+    cblas_sgemm(CblasRowMajor, ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b,
+                (blasint)ldb, beta, c, (blasint)ldc);
     omp_set_num_threads(threads);
 }
 

@@ -1,8 +1,9 @@
 /* Single-precision matrix products on the CPU: OpenBLAS where the build has it, plain loops otherwise.
  *
- * All matrices are row-major with leading dimensions in elements; C = alpha*op(A)*op(B) + beta*C. The product runs on
- * the calling thread: callers parallelise over fixed blocks themselves (par.h), so results do not depend on the
- * number of threads. Thread-safe. Leaf: may be included by infer as well as by the cpu column. */
+ * All matrices are row-major with leading dimensions in elements; C = alpha*op(A)*op(B) + beta*C. The product
+ * runs on the calling thread: callers parallelise over fixed blocks themselves (par.h), so results do not
+ * depend on the number of threads. Thread-safe. Leaf: may be included by infer as well as by the cpu column.
+ */
 #ifndef LSA_KERNELS_CPU_GEMM_H
 #define LSA_KERNELS_CPU_GEMM_H
 

@@ -1,7 +1,8 @@
 /* Scores by tiles: decode a tile of keys, multiply it with one query's heads, apply ReLU and head weights.
  *
- * Floor of one query and layer: 2*n*H*128 FLOP forward, three times that backward (the product is recomputed); a tile of 256
- * keys (128 KiB in fp32) and its products stay in the second-level cache. One thread owns a query, so sums have one order. */
+ * Floor of one query and layer: 2*n*H*128 FLOP forward, three times that backward (the product is
+ * recomputed); a tile of 256 keys (128 KiB in fp32) and its products stay in the second-level cache. One
+ * thread owns a query, so sums have one order. */
 #include "kernels/cpu/score.h"
 
 #include <omp.h>
@@ -20,8 +21,8 @@ typedef struct scratch {
     float key[TILE * D], p[TILE * MAX_HEAD];
 } scratch;
 
-static void decode_tile(float *key, const uint8_t *keys, const int64_t *key_base, const int32_t *cand, int64_t n, int64_t n_key, int64_t i,
-                        int64_t j0, int64_t nj) {
+static void decode_tile(float *key, const uint8_t *keys, const int64_t *key_base, const int32_t *cand,
+                        int64_t n, int64_t n_key, int64_t i, int64_t j0, int64_t nj) {
     for (int64_t j = 0; j < nj; j++) {
         const uint8_t *row = keys + lsa_key_row(key_base, cand, n, n_key, i, j0 + j) * LSA_KEY_BYTES;
         float scale;
@@ -72,14 +73,14 @@ static void bwd_query(const lsa_indexer_score_bwd_args *a, int64_t i, scratch *s
 }
 
 /* One scratch per thread, then queries one by one. */
-#define EACH_QUERY(a, call)                                                                                           \
-    scratch *s = NULL;                                                                                                \
-    const int nt = omp_in_parallel() ? 1 : omp_get_max_threads();                                                     \
-    lsa_status st = LSA_NEW(s, nt, err);                                                                              \
-    if (st != LSA_OK) return st;                                                                                      \
-    _Pragma("omp parallel for schedule(dynamic, 1) num_threads(nt)") for (int64_t i = 0; i < (a)->m; i++)             \
-        call((a), i, &s[omp_get_thread_num() < nt ? omp_get_thread_num() : 0]);                                       \
-    lsa_free(s);                                                                                                      \
+#define EACH_QUERY(a, call)                                                                                  \
+    scratch *s = NULL;                                                                                       \
+    const int nt = omp_in_parallel() ? 1 : omp_get_max_threads();                                            \
+    lsa_status st = LSA_NEW(s, nt, err);                                                                     \
+    if (st != LSA_OK) return st;                                                                             \
+    _Pragma("omp parallel for schedule(dynamic, 1) num_threads(nt)") for (int64_t i = 0; i < (a)->m; i++)    \
+        call((a), i, &s[omp_get_thread_num() < nt ? omp_get_thread_num() : 0]);                              \
+    lsa_free(s);                                                                                             \
     return LSA_OK
 
 lsa_status lsa_cpu_score_fwd(const lsa_indexer_score_fwd_args *a, lsa_err *err) {

@@ -1,4 +1,5 @@
-/* Top-k by quickselect: see topk.h. The mistake that would stay silent: taking ties in the order that the selection left. */
+/* Top-k by quickselect: see topk.h. The mistake that would stay silent: taking ties in the order that the
+ * selection left. */
 #include "kernels/cpu/topk.h"
 
 #include <string.h>
@@ -21,14 +22,18 @@ static float kth_largest(float *v, int64_t n, int64_t k) {
                 v[j--] = x;
             }
         }
-        if (k <= j) hi = j;
-        else if (k >= i) lo = i;
-        else return v[k];
+        if (k <= j)
+            hi = j;
+        else if (k >= i)
+            lo = i;
+        else
+            return v[k];
     }
     return v[k];
 }
 
-int64_t lsa_topk(const float *value, int64_t n, int64_t k, const uint8_t *allowed, int64_t n_masked, float *scratch, int32_t *sel) {
+int64_t lsa_topk(const float *value, int64_t n, int64_t k, const uint8_t *allowed, int64_t n_masked,
+                 float *scratch, int32_t *sel) {
     int64_t m = allowed ? lsa_min_i64(n_masked, n) : 0, n_can = 0;
     for (int64_t c = 0; c < m; c++)
         if (allowed[c]) scratch[n_can++] = value[c];

@@ -4,8 +4,10 @@
 
 #include <stdint.h>
 
-/* The min(k, selectable) largest of value[n], ascending by index into sel; returns how many. Entries below n_masked with
- * allowed[c] == 0 cannot be chosen (allowed NULL: all can). scratch has n floats. NaN is never chosen before a number. */
-int64_t lsa_topk(const float *value, int64_t n, int64_t k, const uint8_t *allowed, int64_t n_masked, float *scratch, int32_t *sel);
+/* The min(k, selectable) largest of value[n], ascending by index into sel; returns how many. Entries below
+ * n_masked with allowed[c] == 0 cannot be chosen (allowed NULL: all can). scratch has n floats. NaN is never
+ * chosen before a number. */
+int64_t lsa_topk(const float *value, int64_t n, int64_t k, const uint8_t *allowed, int64_t n_masked,
+                 float *scratch, int32_t *sel);
 
 #endif

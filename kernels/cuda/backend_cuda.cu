@@ -1,5 +1,5 @@
-/* The CUDA backend: one GPU, one stream. Memory is plain cudaMalloc; uploads come from pageable memory, which cudaMemcpyAsync
- * stages before it returns, so the source may be reused. */
+/* The CUDA backend: one GPU, one stream. Memory is plain cudaMalloc; uploads come from pageable memory, which
+ * cudaMemcpyAsync stages before it returns, so the source may be reused. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -10,7 +10,8 @@ static lsa_status mem_alloc(lsa_ctx *c, void **out, size_t n, const char *what, 
     cudaError_t e = cudaMalloc(out, n);
     if (e != cudaSuccess) {
         cudaGetLastError();
-        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: %.1f MiB of GPU memory refused (%s); lower train.batch", what, (double)n / 1048576.0, cudaGetErrorString(e));
+        LSA_RET_FAIL(LSA_E_NOMEM, "allocating %s: %.1f MiB of GPU memory refused (%s); lower train.batch",
+                     what, (double)n / 1048576.0, cudaGetErrorString(e));
     }
     LSA_CUDA(cudaMemsetAsync(*out, 0, n, lsa_cuda(c)->stream));
     return LSA_OK;
@@ -70,19 +71,24 @@ static lsa_status open_device(lsa_ctx *c, cuda_state *s, int index, lsa_err *err
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n == 0) {
         cudaGetLastError();
-        LSA_RET_FAIL(LSA_E_DEVICE, "no usable GPU: %s; use --device cpu", e != cudaSuccess ? cudaGetErrorString(e) : "none found");
+        LSA_RET_FAIL(LSA_E_DEVICE, "no usable GPU: %s; use --device cpu",
+                     e != cudaSuccess ? cudaGetErrorString(e) : "none found");
     }
     if (index >= n) LSA_RET_FAIL(LSA_E_DEVICE, "GPU %d was asked for, this machine has %d", index, n);
     cudaDeviceProp p;
     LSA_CUDA(cudaSetDevice(index));
     LSA_CUDA(cudaGetDeviceProperties(&p, index));
-    if (p.major < 8) LSA_RET_FAIL(LSA_E_DEVICE, "GPU %d (%s) is sm_%d%d; sm_80 or later is needed", index, p.name, p.major, p.minor);
+    if (p.major < 8)
+        LSA_RET_FAIL(LSA_E_DEVICE, "GPU %d (%s) is sm_%d%d; sm_80 or later is needed", index, p.name, p.major,
+                     p.minor);
     LSA_CUDA(cudaStreamCreate(&s->stream));
-    if (cublasLtCreate(&s->lt) != CUBLAS_STATUS_SUCCESS) LSA_RET_FAIL(LSA_E_DEVICE, "cuBLASLt could not be initialised on GPU %d", index);
+    if (cublasLtCreate(&s->lt) != CUBLAS_STATUS_SUCCESS)
+        LSA_RET_FAIL(LSA_E_DEVICE, "cuBLASLt could not be initialised on GPU %d", index);
     s->gemm_bytes = (size_t)32 << 20;
     LSA_CUDA(cudaMalloc(&s->gemm_workspace, s->gemm_bytes));
     LSA_CUDA(cudaMalloc((void **)&s->partial, LSA_CUDA_PARTIALS * sizeof(double)));
-    snprintf(c->text, sizeof c->text, "cuda:%d %.64s, sm_%d%d, %.0f GiB", index, p.name, p.major, p.minor, (double)p.totalGlobalMem / 1073741824.0);
+    snprintf(c->text, sizeof c->text, "cuda:%d %.64s, sm_%d%d, %.0f GiB", index, p.name, p.major, p.minor,
+             (double)p.totalGlobalMem / 1073741824.0);
     return LSA_OK;
 }
 

@@ -15,7 +15,7 @@ struct cuda_state {
     cublasLtHandle_t lt;
     void *gemm_workspace; /* 32 MiB, for cuBLASLt */
     size_t gemm_bytes;
-    double *partial;      /* [LSA_CUDA_PARTIALS], for two-pass sums */
+    double *partial; /* [LSA_CUDA_PARTIALS], for two-pass sums */
 };
 enum { LSA_CUDA_PARTIALS = 1024 };
 
@@ -24,19 +24,20 @@ static inline cuda_state *lsa_cuda(lsa_ctx *c) {
 }
 
 /* Return LSA_E_DEVICE (or LSA_E_NOMEM) with the call's text; the recorded last error is cleared. */
-#define LSA_CUDA(call)                                                                                                \
-    do {                                                                                                              \
-        cudaError_t e_ = (call);                                                                                      \
-        if (e_ != cudaSuccess) {                                                                                      \
-            cudaGetLastError();                                                                                       \
-            LSA_RET_FAIL(e_ == cudaErrorMemoryAllocation ? LSA_E_NOMEM : LSA_E_DEVICE, "%s: %s", #call, cudaGetErrorString(e_)); \
-        }                                                                                                             \
+#define LSA_CUDA(call)                                                                                       \
+    do {                                                                                                     \
+        cudaError_t e_ = (call);                                                                             \
+        if (e_ != cudaSuccess) {                                                                             \
+            cudaGetLastError();                                                                              \
+            LSA_RET_FAIL(e_ == cudaErrorMemoryAllocation ? LSA_E_NOMEM : LSA_E_DEVICE, "%s: %s", #call,      \
+                         cudaGetErrorString(e_));                                                            \
+        }                                                                                                    \
     } while (0)
-#define LSA_LAUNCHED(name)                                                                                            \
-    do {                                                                                                              \
-        cudaError_t e_ = cudaGetLastError();                                                                          \
-        if (e_ != cudaSuccess) LSA_RET_FAIL(LSA_E_DEVICE, "kernel " name ": %s", cudaGetErrorString(e_));             \
-        return LSA_OK;                                                                                                \
+#define LSA_LAUNCHED(name)                                                                                   \
+    do {                                                                                                     \
+        cudaError_t e_ = cudaGetLastError();                                                                 \
+        if (e_ != cudaSuccess) LSA_RET_FAIL(LSA_E_DEVICE, "kernel " name ": %s", cudaGetErrorString(e_));    \
+        return LSA_OK;                                                                                       \
     } while (0)
 
 #define LSA_OP(op) lsa_status lsa_cuda_##op(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err);

@@ -3,5 +3,8 @@
 
 lsa_status lsa_cuda_open(lsa_ctx *c, int index, lsa_err *err) {
     (void)c;
-    LSA_RET_FAIL(LSA_E_DEVICE, "GPU %d was asked for, but this build has no CUDA; configure with -DLSA_CUDA=ON or use --device cpu", index);
+    LSA_RET_FAIL(
+        LSA_E_DEVICE,
+        "GPU %d was asked for, but this build has no CUDA; configure with -DLSA_CUDA=ON or use --device cpu",
+        index);
 }

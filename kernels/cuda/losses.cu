@@ -76,7 +76,8 @@ static __global__ void kl_k(const lsa_loss_kl_args a) {
     top[threadIdx.x] = m;
     __syncthreads();
     for (int h = 128; h > 0; h >>= 1) {
-        if ((int)threadIdx.x < h && (top[threadIdx.x + h] > top[threadIdx.x] || isnan(top[threadIdx.x + h]))) top[threadIdx.x] = top[threadIdx.x + h];
+        if ((int)threadIdx.x < h && (top[threadIdx.x + h] > top[threadIdx.x] || isnan(top[threadIdx.x + h])))
+            top[threadIdx.x] = top[threadIdx.x + h];
         __syncthreads();
     }
     m = top[0];

@@ -1,4 +1,5 @@
-/* RMSNorm and RoPE+Hadamard: small next to the scores, so plain: one block of 256 threads a row (or a head). */
+/* RMSNorm and RoPE+Hadamard: small next to the scores, so plain: one block of 256 threads a row (or a head).
+ */
 #include "kernels/cuda/cuda_state.h"
 
 static __global__ void rms_fwd_k(const lsa_rmsnorm_fwd_args a) {
@@ -8,7 +9,8 @@ static __global__ void rms_fwd_k(const lsa_rmsnorm_fwd_args a) {
     for (int64_t j = threadIdx.x; j < a.r; j += 256) s += (double)x[j] * (double)x[j];
     const double f = 1.0 / sqrt(lsa_block_sum(s) / (double)a.r + (double)a.eps);
     if (threadIdx.x == 0) a.rstd[i] = (float)f;
-    for (int64_t j = threadIdx.x; j < a.r; j += 256) a.y[i * a.r + j] = (float)((double)a.g[j] * (double)x[j] * f);
+    for (int64_t j = threadIdx.x; j < a.r; j += 256)
+        a.y[i * a.r + j] = (float)((double)a.g[j] * (double)x[j] * f);
 }
 
 static __global__ void rms_dx_k(const lsa_rmsnorm_bwd_args a) {
@@ -27,7 +29,8 @@ static __global__ void rms_dg_k(const lsa_rmsnorm_bwd_args a) {
     const int64_t j = (int64_t)blockIdx.x * 256 + threadIdx.x;
     if (j >= a.r) return;
     double s = a.accumulate ? (double)a.dg[j] : 0;
-    for (int64_t i = 0; i < a.m; i++) s += (double)a.dy[i * a.r + j] * (double)a.x[i * a.r + j] * (double)a.rstd[i];
+    for (int64_t i = 0; i < a.m; i++)
+        s += (double)a.dy[i * a.r + j] * (double)a.x[i * a.r + j] * (double)a.rstd[i];
     a.dg[j] = (float)s;
 }
 
@@ -38,7 +41,8 @@ lsa_status lsa_cuda_rmsnorm_fwd(lsa_ctx *c, const lsa_rmsnorm_fwd_args *a, lsa_e
 }
 
 lsa_status lsa_cuda_rmsnorm_bwd(lsa_ctx *c, const lsa_rmsnorm_bwd_args *a, lsa_err *err) {
-    rms_dg_k<<<(unsigned)((a->r + 255) / 256), 256, 0, lsa_cuda(c)->stream>>>(*a); /* before dx, which may alias dy */
+    rms_dg_k<<<(unsigned)((a->r + 255) / 256), 256, 0, lsa_cuda(c)->stream>>>(
+        *a); /* before dx, which may alias dy */
     if (a->m && a->dx) rms_dx_k<<<(unsigned)a->m, 256, 0, lsa_cuda(c)->stream>>>(*a);
     LSA_LAUNCHED("rmsnorm_bwd");
 }
@@ -55,7 +59,8 @@ static __global__ void rope_hadamard_k(const lsa_rope_hadamard_args a) {
     for (int phase = 0; phase < 2; phase++) {
         if ((phase == 0) != a.inverse) {
             for (int p = t; p < half; p += step) {
-                const float angle = (float)a.position[i] * a.freq[p]; /* NUMERIC: rounded to fp32 before sin and cos */
+                const float angle =
+                    (float)a.position[i] * a.freq[p]; /* NUMERIC: rounded to fp32 before sin and cos */
                 float sn, cs;
                 sincosf(angle, &sn, &cs);
                 if (a.inverse) sn = -sn;

@@ -1,4 +1,5 @@
-/* The memory indexer: the parameter table and the query path over the ops. See indexer.h for the mathematics. */
+/* The memory indexer: the parameter table and the query path over the ops. See indexer.h for the mathematics.
+ */
 #include "kernels/model/indexer.h"
 
 #include <math.h>
@@ -10,7 +11,8 @@
 
 static lsa_status in_range(const char *name, int64_t v, int64_t lo, int64_t hi, lsa_err *err) {
     if (v < lo || v > hi)
-        LSA_RET_FAIL(LSA_E_CONFIG, "indexer: %s must be in [%lld, %lld], found %lld", name, (long long)lo, (long long)hi, (long long)v);
+        LSA_RET_FAIL(LSA_E_CONFIG, "indexer: %s must be in [%lld, %lld], found %lld", name, (long long)lo,
+                     (long long)hi, (long long)v);
     return LSA_OK;
 }
 
@@ -22,8 +24,8 @@ lsa_status lsa_indexer_geom_check(const lsa_indexer_geom *g, lsa_err *err) {
     LSA_TRY(in_range("rank", g->rank, 1, 1 << 16, err));
     LSA_TRY(in_range("layers", g->n_layer, 1, LSA_MAX_CSA, err));
     LSA_TRY(in_range("rotary dimension", g->rope.dim, 0, 128, err));
-    if (g->rope.dim % 2 || !(g->rope.base > 1) || !(g->rope.factor >= 1) || g->rope.original_len < 1 || !(g->rope.beta_fast > 0) ||
-        !(g->rope.beta_slow > 0) || !(g->eps > 0))
+    if (g->rope.dim % 2 || !(g->rope.base > 1) || !(g->rope.factor >= 1) || g->rope.original_len < 1 ||
+        !(g->rope.beta_fast > 0) || !(g->rope.beta_slow > 0) || !(g->eps > 0))
         LSA_FAIL(LSA_E_CONFIG, "indexer: RoPE constants or eps out of range");
     for (int32_t i = 0; i < g->n_layer; i++) {
         LSA_TRY(in_range("CSA ordinal", g->ord[i].v, i ? g->ord[i - 1].v + 1 : 0, LSA_MAX_CSA - 1, err));
@@ -63,16 +65,22 @@ void lsa_indexer_init_random(float *params, const lsa_indexer_geom *g, uint64_t 
             const lsa_indexer_tensor t = lsa_indexer_tensor_at(g, l, (lsa_indexer_part)p);
             if (p == LSA_Q_NORM)
                 for (int64_t i = 0; i < t.n; i++) params[t.offset + i] = 1.0f;
-            else fill_uniform(params + t.offset, t.n, t.shape[1], seed, g->ord[l].v, p);
+            else
+                fill_uniform(params + t.offset, t.n, t.shape[1], seed, g->ord[l].v, p);
         }
 }
 
-/* NUMERIC: with the new Wa rows zero the mean square spans r instead of r0 values, so rms shrinks by sqrt(r/r0) and g must
- * shrink with it; eps is not scaled, which changes u by at most eps/mean(a^2) relative. */
-lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dg, const float *src, const lsa_indexer_geom *sg, uint64_t seed, lsa_err *err) {
-    if (dg->hidden != sg->hidden || dg->head_dim != sg->head_dim || dg->rank < sg->rank || dg->n_head < sg->n_head)
-        LSA_RET_FAIL(LSA_E_CONFIG, "cannot widen an indexer of hidden %d, %d heads, rank %d to hidden %d, %d heads, rank %d: only heads and rank may grow",
-                     sg->hidden, sg->n_head, sg->rank, dg->hidden, dg->n_head, dg->rank);
+/* NUMERIC: with the new Wa rows zero the mean square spans r instead of r0 values, so rms shrinks by
+ * sqrt(r/r0) and g must shrink with it; eps is not scaled, which changes u by at most eps/mean(a^2) relative.
+ */
+lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dg, const float *src,
+                             const lsa_indexer_geom *sg, uint64_t seed, lsa_err *err) {
+    if (dg->hidden != sg->hidden || dg->head_dim != sg->head_dim || dg->rank < sg->rank ||
+        dg->n_head < sg->n_head)
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "cannot widen an indexer of hidden %d, %d heads, rank %d to hidden %d, %d heads, rank %d: only heads and rank may grow",
+            sg->hidden, sg->n_head, sg->rank, dg->hidden, dg->n_head, dg->rank);
     lsa_indexer_init_random(dst, dg, seed);
     const int64_t d = dg->hidden, r0 = sg->rank, r = dg->rank, q0 = (int64_t)sg->n_head * 128;
     const float grow = sqrtf((float)r / (float)r0), head = sqrtf((float)dg->n_head / (float)sg->n_head);
@@ -80,11 +88,16 @@ lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dg, const float
         int32_t s = 0;
         while (s < sg->n_layer && sg->ord[s].v != dg->ord[l].v) s++;
         if (s == sg->n_layer || sg->id[s].v != dg->id[l].v)
-            LSA_RET_FAIL(LSA_E_CONFIG, "the initial checkpoint has no indexer for CSA layer %d (layer id %d)", dg->ord[l].v, dg->id[l].v);
-        float *wa = dst + lsa_indexer_tensor_at(dg, l, LSA_WQ_A).offset, *wb = dst + lsa_indexer_tensor_at(dg, l, LSA_WQ_B).offset;
-        float *g = dst + lsa_indexer_tensor_at(dg, l, LSA_Q_NORM).offset, *ww = dst + lsa_indexer_tensor_at(dg, l, LSA_W_PROJ).offset;
-        const float *swa = src + lsa_indexer_tensor_at(sg, s, LSA_WQ_A).offset, *swb = src + lsa_indexer_tensor_at(sg, s, LSA_WQ_B).offset;
-        const float *sn = src + lsa_indexer_tensor_at(sg, s, LSA_Q_NORM).offset, *sww = src + lsa_indexer_tensor_at(sg, s, LSA_W_PROJ).offset;
+            LSA_RET_FAIL(LSA_E_CONFIG, "the initial checkpoint has no indexer for CSA layer %d (layer id %d)",
+                         dg->ord[l].v, dg->id[l].v);
+        float *wa = dst + lsa_indexer_tensor_at(dg, l, LSA_WQ_A).offset,
+              *wb = dst + lsa_indexer_tensor_at(dg, l, LSA_WQ_B).offset;
+        float *g = dst + lsa_indexer_tensor_at(dg, l, LSA_Q_NORM).offset,
+              *ww = dst + lsa_indexer_tensor_at(dg, l, LSA_W_PROJ).offset;
+        const float *swa = src + lsa_indexer_tensor_at(sg, s, LSA_WQ_A).offset,
+                    *swb = src + lsa_indexer_tensor_at(sg, s, LSA_WQ_B).offset;
+        const float *sn = src + lsa_indexer_tensor_at(sg, s, LSA_Q_NORM).offset,
+                    *sww = src + lsa_indexer_tensor_at(sg, s, LSA_W_PROJ).offset;
         memcpy(wa, swa, (size_t)(r0 * d) * sizeof *wa);
         memset(wa + r0 * d, 0, (size_t)((r - r0) * d) * sizeof *wa);
         for (int64_t i = 0; i < r0; i++) g[i] = sn[i] / grow;
@@ -99,35 +112,94 @@ static float head_scale(const lsa_indexer_geom *g) {
     return (float)(1.0 / sqrt((double)g->head_dim * (double)g->n_head));
 }
 
-lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, int32_t layer, int64_t m, const float *x,
-                             const int64_t *position, const float *freq, const lsa_indexer_act *act, lsa_err *err) {
+lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, int32_t layer,
+                             int64_t m, const float *x, const int64_t *position, const float *freq,
+                             const lsa_indexer_act *act, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t d = g->hidden, r = g->rank, q = (int64_t)g->n_head * g->head_dim;
-    const float *wa = params + lsa_indexer_tensor_at(g, layer, LSA_WQ_A).offset, *wb = params + lsa_indexer_tensor_at(g, layer, LSA_WQ_B).offset;
-    const float *gn = params + lsa_indexer_tensor_at(g, layer, LSA_Q_NORM).offset, *ww = params + lsa_indexer_tensor_at(g, layer, LSA_W_PROJ).offset;
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.trans_b = true, .m = m, .n = r, .k = d, .alpha = 1, .a = x, .b = wa, .c = act->a}, err));
+    const float *wa = params + lsa_indexer_tensor_at(g, layer, LSA_WQ_A).offset,
+                *wb = params + lsa_indexer_tensor_at(g, layer, LSA_WQ_B).offset;
+    const float *gn = params + lsa_indexer_tensor_at(g, layer, LSA_Q_NORM).offset,
+                *ww = params + lsa_indexer_tensor_at(g, layer, LSA_W_PROJ).offset;
+    LSA_TRY(lsa_gemm(
+        ctx,
+        &(lsa_gemm_args){.trans_b = true, .m = m, .n = r, .k = d, .alpha = 1, .a = x, .b = wa, .c = act->a},
+        err));
     LSA_TRY(lsa_rmsnorm_fwd(ctx, &(lsa_rmsnorm_fwd_args){m, r, g->eps, act->a, gn, act->u, act->rstd}, err));
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.trans_b = true, .m = m, .n = q, .k = r, .alpha = 1, .a = act->u, .b = wb, .c = act->q}, err));
-    LSA_TRY(lsa_rope_hadamard(ctx, &(lsa_rope_hadamard_args){m, g->n_head, g->head_dim, g->rope.dim, false, position, freq, act->q}, err));
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.trans_b = true, .m = m, .n = g->n_head, .k = d, .alpha = head_scale(g), .a = x, .b = ww, .c = act->w}, err));
+    LSA_TRY(
+        lsa_gemm(ctx,
+                 &(lsa_gemm_args){
+                     .trans_b = true, .m = m, .n = q, .k = r, .alpha = 1, .a = act->u, .b = wb, .c = act->q},
+                 err));
+    LSA_TRY(lsa_rope_hadamard(
+        ctx, &(lsa_rope_hadamard_args){m, g->n_head, g->head_dim, g->rope.dim, false, position, freq, act->q},
+        err));
+    LSA_TRY(lsa_gemm(ctx,
+                     &(lsa_gemm_args){.trans_b = true,
+                                      .m = m,
+                                      .n = g->n_head,
+                                      .k = d,
+                                      .alpha = head_scale(g),
+                                      .a = x,
+                                      .b = ww,
+                                      .c = act->w},
+                     err));
 done:
     return st;
 }
 
-lsa_status lsa_indexer_query_bwd(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, float *grad, int32_t layer, int64_t m, const float *x,
-                                 const int64_t *position, const float *freq, const lsa_indexer_act *act, float *dq, const float *dw, float *du,
-                                 bool accumulate, lsa_err *err) {
+lsa_status lsa_indexer_query_bwd(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, float *grad,
+                                 int32_t layer, int64_t m, const float *x, const int64_t *position,
+                                 const float *freq, const lsa_indexer_act *act, float *dq, const float *dw,
+                                 float *du, bool accumulate, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t d = g->hidden, r = g->rank, q = (int64_t)g->n_head * g->head_dim;
-    const int64_t wa = lsa_indexer_tensor_at(g, layer, LSA_WQ_A).offset, wb = lsa_indexer_tensor_at(g, layer, LSA_WQ_B).offset;
-    const int64_t gn = lsa_indexer_tensor_at(g, layer, LSA_Q_NORM).offset, ww = lsa_indexer_tensor_at(g, layer, LSA_W_PROJ).offset;
+    const int64_t wa = lsa_indexer_tensor_at(g, layer, LSA_WQ_A).offset,
+                  wb = lsa_indexer_tensor_at(g, layer, LSA_WQ_B).offset;
+    const int64_t gn = lsa_indexer_tensor_at(g, layer, LSA_Q_NORM).offset,
+                  ww = lsa_indexer_tensor_at(g, layer, LSA_W_PROJ).offset;
     const float beta = accumulate ? 1.0f : 0.0f;
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.trans_a = true, .m = g->n_head, .n = d, .k = m, .alpha = head_scale(g), .beta = beta, .a = dw, .b = x, .c = grad + ww}, err));
-    LSA_TRY(lsa_rope_hadamard(ctx, &(lsa_rope_hadamard_args){m, g->n_head, g->head_dim, g->rope.dim, true, position, freq, dq}, err));
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.trans_a = true, .m = q, .n = r, .k = m, .alpha = 1, .beta = beta, .a = dq, .b = act->u, .c = grad + wb}, err));
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.m = m, .n = r, .k = q, .alpha = 1, .a = dq, .b = params + wb, .c = du}, err));
-    LSA_TRY(lsa_rmsnorm_bwd(ctx, &(lsa_rmsnorm_bwd_args){m, r, act->a, params + gn, act->rstd, du, du, grad + gn, accumulate}, err));
-    LSA_TRY(lsa_gemm(ctx, &(lsa_gemm_args){.trans_a = true, .m = r, .n = d, .k = m, .alpha = 1, .beta = beta, .a = du, .b = x, .c = grad + wa}, err));
+    LSA_TRY(lsa_gemm(ctx,
+                     &(lsa_gemm_args){.trans_a = true,
+                                      .m = g->n_head,
+                                      .n = d,
+                                      .k = m,
+                                      .alpha = head_scale(g),
+                                      .beta = beta,
+                                      .a = dw,
+                                      .b = x,
+                                      .c = grad + ww},
+                     err));
+    LSA_TRY(lsa_rope_hadamard(
+        ctx, &(lsa_rope_hadamard_args){m, g->n_head, g->head_dim, g->rope.dim, true, position, freq, dq},
+        err));
+    LSA_TRY(lsa_gemm(ctx,
+                     &(lsa_gemm_args){.trans_a = true,
+                                      .m = q,
+                                      .n = r,
+                                      .k = m,
+                                      .alpha = 1,
+                                      .beta = beta,
+                                      .a = dq,
+                                      .b = act->u,
+                                      .c = grad + wb},
+                     err));
+    LSA_TRY(lsa_gemm(
+        ctx, &(lsa_gemm_args){.m = m, .n = r, .k = q, .alpha = 1, .a = dq, .b = params + wb, .c = du}, err));
+    LSA_TRY(lsa_rmsnorm_bwd(
+        ctx, &(lsa_rmsnorm_bwd_args){m, r, act->a, params + gn, act->rstd, du, du, grad + gn, accumulate},
+        err));
+    LSA_TRY(lsa_gemm(ctx,
+                     &(lsa_gemm_args){.trans_a = true,
+                                      .m = r,
+                                      .n = d,
+                                      .k = m,
+                                      .alpha = 1,
+                                      .beta = beta,
+                                      .a = du,
+                                      .b = x,
+                                      .c = grad + wa},
+                     err));
 done:
     return st;
 }

@@ -1,10 +1,9 @@
 /* The memory indexer: geometry, the one parameter table, initialisation, and its query path over the ops.
  *
- * One layer, hidden x (bf16 values in f32), position pos (notes 5.1): a = Wa x; u = g*a/rms(a); q = Wb u as [H,128];
- * RoPE on the last rope channels; Hadamard/sqrt(128); w = Ww x * c with c = 128^-1/2 * H^-1/2;
- * logit z_s = sum_h w_h max(0, k_s . q_h).
- * All layers live in one flat f32 buffer; the table says where. Readers of the table: trainer, checkpoint, export,
- * infer. Pure functions, thread-safe. */
+ * One layer, hidden x (bf16 values in f32), position pos (notes 5.1): a = Wa x; u = g*a/rms(a); q = Wb u as
+ * [H,128]; RoPE on the last rope channels; Hadamard/sqrt(128); w = Ww x * c with c = 128^-1/2 * H^-1/2; logit
+ * z_s = sum_h w_h max(0, k_s . q_h). All layers live in one flat f32 buffer; the table says where. Readers of
+ * the table: trainer, checkpoint, export, infer. Pure functions, thread-safe. */
 #ifndef LSA_KERNELS_MODEL_INDEXER_H
 #define LSA_KERNELS_MODEL_INDEXER_H
 
@@ -31,13 +30,20 @@ typedef struct lsa_indexer_geom {
 /* LSA_E_CONFIG names the field that is out of range. */
 LSA_NODISCARD lsa_status lsa_indexer_geom_check(const lsa_indexer_geom *g, lsa_err *err);
 
-typedef enum lsa_indexer_part { LSA_WQ_A = 0, LSA_WQ_B, LSA_Q_NORM, LSA_W_PROJ, LSA_INDEXER_PARTS } lsa_indexer_part;
+typedef enum lsa_indexer_part {
+    LSA_WQ_A = 0,
+    LSA_WQ_B,
+    LSA_Q_NORM,
+    LSA_W_PROJ,
+    LSA_INDEXER_PARTS
+} lsa_indexer_part;
 
 typedef struct lsa_indexer_tensor {
-    char name[64];      /* "retrievers.l{ord}.wq_a.weight", ".wq_b.weight", ".q_norm_weight", ".weights_proj.weight" */
-    int32_t n_dim;      /* 2, or 1 for q_norm_weight */
-    int64_t shape[2];   /* [r,d] [H*128,r] [r] [H,d] */
-    int64_t offset, n;  /* elements in the flat buffer */
+    char name[64];     /* "retrievers.l{ord}.wq_a.weight", ".wq_b.weight", ".q_norm_weight",
+                          ".weights_proj.weight" */
+    int32_t n_dim;     /* 2, or 1 for q_norm_weight */
+    int64_t shape[2];  /* [r,d] [H*128,r] [r] [H,d] */
+    int64_t offset, n; /* elements in the flat buffer */
 } lsa_indexer_tensor;
 
 lsa_indexer_tensor lsa_indexer_tensor_at(const lsa_indexer_geom *g, int32_t layer, lsa_indexer_part part);
@@ -46,9 +52,10 @@ int64_t lsa_indexer_n_param(const lsa_indexer_geom *g); /* all layers */
 /* params (host, [n_param]): matrices uniform in +-1/sqrt(fan_in) from Philox(seed, tensor), q_norm 1. */
 void lsa_indexer_init_random(float *params, const lsa_indexer_geom *g, uint64_t seed);
 
-/* Function-preserving widening (notes 6): copies `src` (same layers, hidden, head_dim; rank and heads not larger) into
- * dst: new Wa rows 0; old g divided by sqrt(r/r0); new g 1; Wb columns for new ranks random, rows of new heads random;
- * new Ww rows 0; old Ww rows times sqrt(H/H0). The wider indexer computes the same logits. LSA_E_CONFIG if narrower. */
+/* Function-preserving widening (notes 6): copies `src` (same layers, hidden, head_dim; rank and heads not
+ * larger) into dst: new Wa rows 0; old g divided by sqrt(r/r0); new g 1; Wb columns for new ranks random,
+ * rows of new heads random; new Ww rows 0; old Ww rows times sqrt(H/H0). The wider indexer computes the same
+ * logits. LSA_E_CONFIG if narrower. */
 LSA_NODISCARD lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dst_g, const float *src,
                                            const lsa_indexer_geom *src_g, uint64_t seed, lsa_err *err);
 
@@ -61,17 +68,18 @@ typedef struct lsa_indexer_act {
     float *w;    /* [m,H] scaled */
 } lsa_indexer_act;
 
-/* Query path of layer index `layer` (0..n_layer-1): x [m,d], position i64 [m], freq [rope.dim/2], params = whole flat
- * buffer, all backend memory. */
-LSA_NODISCARD lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, int32_t layer,
-                                           int64_t m, const float *x, const int64_t *position, const float *freq,
-                                           const lsa_indexer_act *act, lsa_err *err);
+/* Query path of layer index `layer` (0..n_layer-1): x [m,d], position i64 [m], freq [rope.dim/2], params =
+ * whole flat buffer, all backend memory. */
+LSA_NODISCARD lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params,
+                                           int32_t layer, int64_t m, const float *x, const int64_t *position,
+                                           const float *freq, const lsa_indexer_act *act, lsa_err *err);
 
-/* Backward of the query path: dq [m,H,128] (overwritten) and dw [m,H] give gradients into grad (flat, accumulated if
- * accumulate). du is scratch [m,r]. */
-LSA_NODISCARD lsa_status lsa_indexer_query_bwd(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, float *grad,
-                                               int32_t layer, int64_t m, const float *x, const int64_t *position,
-                                               const float *freq, const lsa_indexer_act *act, float *dq,
-                                               const float *dw, float *du, bool accumulate, lsa_err *err);
+/* Backward of the query path: dq [m,H,128] (overwritten) and dw [m,H] give gradients into grad (flat,
+ * accumulated if accumulate). du is scratch [m,r]. */
+LSA_NODISCARD lsa_status lsa_indexer_query_bwd(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params,
+                                               float *grad, int32_t layer, int64_t m, const float *x,
+                                               const int64_t *position, const float *freq,
+                                               const lsa_indexer_act *act, float *dq, const float *dw,
+                                               float *du, bool accumulate, lsa_err *err);
 
 #endif

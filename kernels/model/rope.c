@@ -1,5 +1,5 @@
-/* YaRN-blended rotary frequencies. NUMERIC: the blend is done in fp32 like the reference's table, from fp32 powers:
- * other roundings move far positions by whole radians. */
+/* YaRN-blended rotary frequencies. NUMERIC: the blend is done in fp32 like the reference's table, from fp32
+ * powers: other roundings move far positions by whole radians. */
 #include "kernels/model/rope.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
-/* The truth column: scalar, double accumulation, one thread, never optimised. Judged by PyTorch fixtures and finite
- * differences; judges the cpu and cuda columns. */
+/* The truth column: scalar, double accumulation, one thread, never optimised. Judged by PyTorch fixtures and
+ * finite differences; judges the cpu and cuda columns. */
 #include <math.h>
 
 #include "kernels/backend.h"
@@ -14,7 +14,8 @@ static lsa_status gemm(lsa_ctx *c, const lsa_gemm_args *a, lsa_err *err) {
         for (int64_t j = 0; j < a->n; j++) {
             double s = 0;
             for (int64_t p = 0; p < a->k; p++)
-                s += (double)a->a[a->trans_a ? p * a->m + i : i * a->k + p] * (double)a->b[a->trans_b ? j * a->k + p : p * a->n + j];
+                s += (double)a->a[a->trans_a ? p * a->m + i : i * a->k + p] *
+                     (double)a->b[a->trans_b ? j * a->k + p : p * a->n + j];
             s *= (double)a->alpha;
             float *o = a->c + i * a->n + j;
             *o = (float)(a->beta == 0.0f ? s : s + (double)*o);
@@ -29,6 +30,10 @@ static double product(const float *key, const float *q, int64_t d) {
     return s;
 }
 
+static double relu(double p) { /* NaN stays NaN */
+    return p < 0 ? 0 : p;
+}
+
 static lsa_status indexer_score_fwd(lsa_ctx *c, const lsa_indexer_score_fwd_args *a, lsa_err *err) {
     (void)c, (void)err;
     float key[128];
@@ -36,10 +41,11 @@ static lsa_status indexer_score_fwd(lsa_ctx *c, const lsa_indexer_score_fwd_args
         for (int64_t j = 0; j < a->n; j++) {
             double z = 0;
             if (j < a->n_cand[i]) {
-                lsa_key_decode(key, a->keys + lsa_key_row(a->key_base, a->cand, a->n, a->n_key, i, j) * LSA_KEY_BYTES);
+                lsa_key_decode(key, a->keys + lsa_key_row(a->key_base, a->cand, a->n, a->n_key, i, j) *
+                                                  LSA_KEY_BYTES);
                 for (int64_t h = 0; h < a->n_head; h++) {
                     const double p = product(key, a->q + (i * a->n_head + h) * a->d, a->d);
-                    z += (double)a->w[i * a->n_head + h] * (p > 0 ? p : p < 0 ? 0 : p); /* NaN stays NaN */
+                    z += (double)a->w[i * a->n_head + h] * relu(p);
                 }
             }
             float *o = a->z + i * a->n + j;
@@ -56,24 +62,25 @@ static lsa_status indexer_score_bwd(lsa_ctx *c, const lsa_indexer_score_bwd_args
             double dw = 0, dq[128] = {0};
             float key[128];
             for (int64_t j = 0; j < a->n_cand[i] && j < a->n; j++) {
-                lsa_key_decode(key, a->keys + lsa_key_row(a->key_base, a->cand, a->n, a->n_key, i, j) * LSA_KEY_BYTES);
+                lsa_key_decode(key, a->keys + lsa_key_row(a->key_base, a->cand, a->n, a->n_key, i, j) *
+                                                  LSA_KEY_BYTES);
                 const double p = product(key, q, a->d), g = (double)a->dz[i * a->n + j];
-                if (isnan(p)) dw = p;
-                if (!(p > 0)) continue;
-                dw += g * p;
+                dw += g * relu(p);
+                if (!(p > 0)) continue; /* the slope at 0 is 0 */
                 for (int64_t x = 0; x < a->d; x++) dq[x] += g * (double)key[x];
             }
             a->dw[i * a->n_head + h] = (float)dw;
-            for (int64_t x = 0; x < a->d; x++) a->dq[(i * a->n_head + h) * a->d + x] = (float)((double)a->w[i * a->n_head + h] * dq[x]);
+            for (int64_t x = 0; x < a->d; x++)
+                a->dq[(i * a->n_head + h) * a->d + x] = (float)((double)a->w[i * a->n_head + h] * dq[x]);
         }
     return LSA_OK;
 }
 
-#define ROWS(op, call)                                                                                                \
-    static lsa_status op(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err) {                                        \
-        (void)c, (void)err;                                                                                           \
-        for (int64_t i = 0; i < a->m; i++) call(a, i);                                                                \
-        return LSA_OK;                                                                                                \
+#define ROWS(op, call)                                                                                       \
+    static lsa_status op(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err) {                               \
+        (void)c, (void)err;                                                                                  \
+        for (int64_t i = 0; i < a->m; i++) call(a, i);                                                       \
+        return LSA_OK;                                                                                       \
     }
 ROWS(rmsnorm_fwd, lsa_row_rmsnorm_fwd)
 ROWS(rope_hadamard, lsa_row_rope_hadamard)
@@ -113,6 +120,8 @@ static lsa_status adamw(lsa_ctx *c, const lsa_adamw_args *a, lsa_err *err) {
 }
 
 #define LSA_OP(op) .op = op,
-const lsa_backend lsa_backend_ref = {.name = "ref", LSA_HOST_MEMORY,
+const lsa_backend lsa_backend_ref = {
+    .name = "ref",
+    LSA_HOST_MEMORY,
 #include "kernels/ops.def"
 };

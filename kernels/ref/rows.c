@@ -25,7 +25,8 @@ void lsa_row_rmsnorm_dx(const lsa_rmsnorm_bwd_args *a, int64_t i) {
 
 void lsa_col_rmsnorm_dg(const lsa_rmsnorm_bwd_args *a, int64_t j) {
     double s = a->accumulate ? (double)a->dg[j] : 0;
-    for (int64_t i = 0; i < a->m; i++) s += (double)a->dy[i * a->r + j] * (double)a->x[i * a->r + j] * (double)a->rstd[i];
+    for (int64_t i = 0; i < a->m; i++)
+        s += (double)a->dy[i * a->r + j] * (double)a->x[i * a->r + j] * (double)a->rstd[i];
     a->dg[j] = (float)s;
 }
 
@@ -77,7 +78,8 @@ void lsa_row_loss_pointwise(const lsa_loss_pointwise_args *a, int64_t i) {
             a->dz[at] = 0.0f;
             continue;
         }
-        const double z = (double)a->z[at], w = a->weight ? (double)a->weight[at] : 1.0, s = (double)a->smoothing;
+        const double z = (double)a->z[at], w = a->weight ? (double)a->weight[at] : 1.0,
+                     s = (double)a->smoothing;
         const double y = (double)a->y[at] * (1 - 2 * s) + s, p = 1.0 / (1.0 + exp(-z));
         /* -ln p = softplus(-z), -ln(1-p) = softplus(z) */
         const double bce = y * softplus(-z) + (1 - y) * softplus(z);
@@ -103,8 +105,9 @@ void lsa_row_loss_pairwise(const lsa_loss_pairwise_args *a, int64_t i) {
         for (int64_t o = 0; j < k && o < k; o++) {
             if (y[o] == y[j]) continue;
             const bool pos = y[j] > y[o];
-            const double diff = pos ? (double)z[j] - (double)z[o] : (double)z[o] - (double)z[j]; /* positive minus negative */
-            double dl; /* derivative by diff */
+            const double diff =
+                pos ? (double)z[j] - (double)z[o] : (double)z[o] - (double)z[j]; /* positive minus negative */
+            double dl;                                                           /* derivative by diff */
             if (a->use_margin) {
                 const double l = (double)a->margin - diff;
                 dl = l > 0 ? -1 : 0;
@@ -126,7 +129,7 @@ void lsa_row_loss_kl(const lsa_loss_kl_args *a, int64_t i) {
     const float *z = a->z + i * a->n, *t = a->target + i * a->n;
     float *dz = a->dz + i * a->n;
     const double w = (a->row_weight ? (double)a->row_weight[i] : 1.0) * (double)a->scale;
-    double sum_t = 0, m = -INFINITY, s = 0, loss = 0;
+    double sum_t = 0, m = -(double)INFINITY, s = 0, loss = 0;
     for (int64_t j = 0; j < k; j++) {
         sum_t += (double)t[j];
         if ((double)z[j] > m || isnan(z[j])) m = (double)z[j];

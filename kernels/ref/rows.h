@@ -1,5 +1,5 @@
-/* The truth, row by row: scalar, double accumulation, one thread. The ref backend loops over rows; the cpu backend runs the
- * same functions on its fixed partition where a row is cheap. Pure functions. */
+/* The truth, row by row: scalar, double accumulation, one thread. The ref backend loops over rows; the cpu
+ * backend runs the same functions on its fixed partition where a row is cheap. Pure functions. */
 #ifndef LSA_KERNELS_REF_ROWS_H
 #define LSA_KERNELS_REF_ROWS_H
 
@@ -15,7 +15,8 @@ void lsa_row_loss_pairwise(const lsa_loss_pairwise_args *a, int64_t i);
 void lsa_row_loss_kl(const lsa_loss_kl_args *a, int64_t i);
 
 /* Key row of candidate j of query i, clamped into the pool. */
-static inline int64_t lsa_key_row(const int64_t *key_base, const int32_t *cand, int64_t n, int64_t n_key, int64_t i, int64_t j) {
+static inline int64_t lsa_key_row(const int64_t *key_base, const int32_t *cand, int64_t n, int64_t n_key,
+                                  int64_t i, int64_t j) {
     int64_t r = key_base[i] + (cand ? cand[i * n + j] : j);
     return r < 0 ? 0 : r >= n_key ? n_key - 1 : r;
 }

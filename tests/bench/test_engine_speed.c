@@ -1,4 +1,5 @@
-/* Tokens per second of the teacher's forward pass on the mini teacher: one JSON line per case. Never gates on time. */
+/* Tokens per second of the teacher's forward pass on the mini teacher: one JSON line per case. Never gates on
+ * time. */
 #include <omp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -38,8 +39,10 @@ int main(void) {
     for (size_t i = 0; i < 2; i++) {
         uint64_t sum = 0;
         double dt = run(e, shape[i][0], shape[i][1], &sum);
-        printf("{\"bench\": \"teacher_forward\", \"tokens\": %lld, \"chunk\": %lld, \"threads\": %d, \"tokens_per_s\": %.0f, \"checksum\": %llu}\n",
-               (long long)shape[i][0], (long long)shape[i][1], omp_get_max_threads(), (double)shape[i][0] / dt, (unsigned long long)sum);
+        printf(
+            "{\"bench\": \"teacher_forward\", \"tokens\": %lld, \"chunk\": %lld, \"threads\": %d, \"tokens_per_s\": %.0f, \"checksum\": %llu}\n",
+            (long long)shape[i][0], (long long)shape[i][1], omp_get_max_threads(), (double)shape[i][0] / dt,
+            (unsigned long long)sum);
     }
     lsa_engine_close(e);
     return 0;

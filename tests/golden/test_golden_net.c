@@ -1,5 +1,5 @@
-/* The golden net: logits, argmax, selections and masses of an implementation that shares no code with ours, in prefill, token by
- * token and in odd chunks; and the same through every storage the loader knows. */
+/* The golden net: logits, argmax, selections and masses of an implementation that shares no code with ours,
+ * in prefill, token by token and in odd chunks; and the same through every storage the loader knows. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -22,25 +22,53 @@ static char g_dir[64] = "/tmp/lsa-golden.XXXXXX";
 static const struct {
     int t;
     double l0, l1, l2, l63, sum;
-} LOGIT[] = {{0, 0.505953, -0.476486, 0.250277, -0.432770, 19.6118},  {1, 0.860419, -0.001227, 0.691790, -2.247533, 0.6851},
-             {3, 0.811179, -0.082074, -1.287655, 0.007865, -3.9311},  {7, 1.639634, -0.595253, 2.446591, -0.710323, -0.2598},
-             {8, -3.460751, -0.974192, 0.979464, -0.938720, -20.4882}, {15, -0.652938, 1.645503, 2.327606, -1.645942, -33.8825},
-             {31, 0.894276, -3.025255, -1.060093, 2.528879, 5.5061},  {63, -0.923486, -2.764125, 0.634558, 0.183402, -15.7903},
+} LOGIT[] = {{0, 0.505953, -0.476486, 0.250277, -0.432770, 19.6118},
+             {1, 0.860419, -0.001227, 0.691790, -2.247533, 0.6851},
+             {3, 0.811179, -0.082074, -1.287655, 0.007865, -3.9311},
+             {7, 1.639634, -0.595253, 2.446591, -0.710323, -0.2598},
+             {8, -3.460751, -0.974192, 0.979464, -0.938720, -20.4882},
+             {15, -0.652938, 1.645503, 2.327606, -1.645942, -33.8825},
+             {31, 0.894276, -3.025255, -1.060093, 2.528879, 5.5061},
+             {63, -0.923486, -2.764125, 0.634558, 0.183402, -15.7903},
              {99, -0.063729, 3.073685, -2.505104, -0.996223, 1.2960}};
-static const int ARGMAX[N] = {14, 14, 46, 56, 56, 30, 3,  2,  17, 56, 46, 17, 56, 51, 59, 56, 0,  46, 36, 34, 19, 29, 62, 43, 35,
-                              2,  59, 34, 34, 50, 37, 4,  14, 24, 33, 1,  12, 33, 49, 14, 35, 21, 19, 25, 41, 36, 28, 56, 27, 24,
-                              50, 50, 61, 29, 4,  40, 15, 46, 24, 62, 4,  59, 48, 41, 46, 19, 46, 12, 48, 56, 3,  45, 46, 58, 2,
-                              2,  27, 51, 51, 2,  2,  46, 47, 59, 19, 26, 62, 2,  35, 43, 31, 34, 56, 50, 50, 36, 23, 24, 57, 51};
+static const int ARGMAX[N] = {14, 14, 46, 56, 56, 30, 3,  2,  17, 56, 46, 17, 56, 51, 59, 56, 0,  46, 36, 34,
+                              19, 29, 62, 43, 35, 2,  59, 34, 34, 50, 37, 4,  14, 24, 33, 1,  12, 33, 49, 14,
+                              35, 21, 19, 25, 41, 36, 28, 56, 27, 24, 50, 50, 61, 29, 4,  40, 15, 46, 24, 62,
+                              4,  59, 48, 41, 46, 19, 46, 12, 48, 56, 3,  45, 46, 58, 2,  2,  27, 51, 51, 2,
+                              2,  46, 47, 59, 19, 26, 62, 2,  35, 43, 31, 34, 56, 50, 50, 36, 23, 24, 57, 51};
 static const struct {
     int t, layer;
     double logit[6];
     int sel[4];
     double mass[4], window, sink;
-} STAT[] = {
-    {31, 1, {-.516913, .174793, -2.741641, 1.533403, 1.152087, .675421}, {3, 4, 5, 7}, {.168659, .070320, .162919, .066739}, .491676, .039687},
-    {31, 3, {.177665, -2.434233, -1.281089, -.362440, -2.321975, -.354499}, {0, 2, 3, 5}, {.090768, .078396, .041288, .011879}, .685367, .092302},
-    {99, 1, {4.395570, 3.082550, 2.219430, 1.765445, .921852, 3.219152}, {0, 6, 17, 22}, {.089021, .084916, .068461, .085488}, .591522, .080591},
-    {99, 3, {-2.162369, -.539389, 1.280653, -.663631, -.803797, -1.163980}, {2, 20, 21, 22}, {.068169, .063988, .186243, .107569}, .494733, .079298}};
+} STAT[] = {{31,
+             1,
+             {-.516913, .174793, -2.741641, 1.533403, 1.152087, .675421},
+             {3, 4, 5, 7},
+             {.168659, .070320, .162919, .066739},
+             .491676,
+             .039687},
+            {31,
+             3,
+             {.177665, -2.434233, -1.281089, -.362440, -2.321975, -.354499},
+             {0, 2, 3, 5},
+             {.090768, .078396, .041288, .011879},
+             .685367,
+             .092302},
+            {99,
+             1,
+             {4.395570, 3.082550, 2.219430, 1.765445, .921852, 3.219152},
+             {0, 6, 17, 22},
+             {.089021, .084916, .068461, .085488},
+             .591522,
+             .080591},
+            {99,
+             3,
+             {-2.162369, -.539389, 1.280653, -.663631, -.803797, -1.163980},
+             {2, 20, 21, 22},
+             {.068169, .063988, .186243, .107569},
+             .494733,
+             .079298}};
 
 static int g_stats_seen;
 static void on_csa(void *user, const lsa_tap_csa *t) {
@@ -66,7 +94,8 @@ static void on_csa(void *user, const lsa_tap_csa *t) {
 static lsa_engine *open_net(lsa_golden g, lsa_golden_store store, lsa_engine_opts o) {
     lsa_err err = {0};
     lsa_engine *e = NULL;
-    if (lsa_golden_write(g_dir, &g, store, &err) != LSA_OK || lsa_engine_open(&e, g_dir, &o, &err) != LSA_OK) {
+    if (lsa_golden_write(g_dir, &g, store, &err) != LSA_OK ||
+        lsa_engine_open(&e, g_dir, &o, &err) != LSA_OK) {
         print_error("%s\n", err.msg);
         fail();
     }
@@ -85,7 +114,8 @@ static void run(const lsa_engine *e, int64_t step, const lsa_taps *taps, float *
     lsa_session_reset(s);
     for (int64_t t = 0; t < N; t += step) {
         int64_t n = t + step < N ? step : N - t;
-        if (lsa_session_forward(s, token + t, n, logits + t * V, false, taps, &err) != LSA_OK) fail_msg("%s", err.msg);
+        if (lsa_session_forward(s, token + t, n, logits + t * V, false, taps, &err) != LSA_OK)
+            fail_msg("%s", err.msg);
     }
     lsa_session_destroy(s);
 }
@@ -144,7 +174,9 @@ static void test_simulations(void **state) {
         int t;
         double l[4];
         int arg;
-    } S[] = {{0, {.639657, -.927573, -.531648, .681403}, 14}, {8, {-2.530233, -.760770, .919918, -.906568}, 17}, {99, {.402068, 2.724022, -2.159421, -1.022506}, 47}};
+    } S[] = {{0, {.639657, -.927573, -.531648, .681403}, 14},
+             {8, {-2.530233, -.760770, .919918, -.906568}, 17},
+             {99, {.402068, 2.724022, -2.159421, -1.022506}, 47}};
     static float logits[N * V];
     lsa_engine *e = open_net(lsa_golden_default(), LSA_STORE_F32, (lsa_engine_opts){true, true});
     lsa_taps taps = {.csa = on_csa_sim};
@@ -160,7 +192,8 @@ static void test_simulations(void **state) {
                 if (l[i] > l[best]) best = i;
             for (int i = 0; i < 4; i++) {
                 double d = fabs((double)l[col[i]] - S[k].l[i]);
-                if (!(d <= 2e-2)) fail_msg("t %d column %d: %g, want %g", S[k].t, col[i], (double)l[col[i]], S[k].l[i]);
+                if (!(d <= 2e-2))
+                    fail_msg("t %d column %d: %g, want %g", S[k].t, col[i], (double)l[col[i]], S[k].l[i]);
             }
             assert_int_equal(best, S[k].arg);
         }
@@ -188,7 +221,8 @@ static void test_storages(void **state) {
     }
 }
 
-/* A resident set of everything changes nothing; without chunk 6 the selection at t = 99 moves on and a miss is counted. */
+/* A resident set of everything changes nothing; without chunk 6 the selection at t = 99 moves on and a miss
+ * is counted. */
 static int g_miss;
 static void on_csa_miss(void *user, const lsa_tap_csa *t) {
     (void)user;
@@ -250,8 +284,9 @@ static void test_causal(void **state) {
 
 int main(void) {
     if (!mkdtemp(g_dir)) return 1;
-    const struct CMUnitTest t[] = {cmocka_unit_test(test_tier_a), cmocka_unit_test(test_simulations), cmocka_unit_test(test_storages),
-                                   cmocka_unit_test(test_resident), cmocka_unit_test(test_causal)};
+    const struct CMUnitTest t[] = {cmocka_unit_test(test_tier_a), cmocka_unit_test(test_simulations),
+                                   cmocka_unit_test(test_storages), cmocka_unit_test(test_resident),
+                                   cmocka_unit_test(test_causal)};
     int rc = cmocka_run_group_tests(t, NULL, NULL);
     lsa_err err = {0};
     return rc | (lsa_remove_tree(g_dir, &err) != LSA_OK);

@@ -23,8 +23,10 @@ bool lsa_compare_f64(const char *what, const double *a, const double *b, int64_t
     for (int64_t i = 0; i < n; i++) {
         bool pass;
         double over = 0;
-        if (isnan(b[i])) pass = isnan(a[i]);
-        else if (isinf(b[i])) pass = a[i] == b[i];
+        if (isnan(b[i]))
+            pass = isnan(a[i]);
+        else if (isinf(b[i]))
+            pass = a[i] == b[i];
         else {
             double lim = t.atol + t.rtol * fmax(fabs(b[i]), rms), d = fabs(a[i] - b[i]);
             pass = d <= lim;
@@ -39,8 +41,9 @@ bool lsa_compare_f64(const char *what, const double *a, const double *b, int64_t
         }
     }
     if (n_bad) {
-        printf("%s: %lld of %lld differ; worst at %lld: got %.9g, want %.9g (atol %g, rtol %g, rms %g)\n", what,
-               (long long)n_bad, (long long)n, (long long)worst, a[worst], b[worst], t.atol, t.rtol, rms);
+        printf("%s: %lld of %lld differ; worst at %lld: got %.9g, want %.9g (atol %g, rtol %g, rms %g)\n",
+               what, (long long)n_bad, (long long)n, (long long)worst, a[worst], b[worst], t.atol, t.rtol,
+               rms);
         return false;
     }
     if (t.ctol > 0 && sb > 0) {

@@ -1,8 +1,8 @@
 /* The one comparison of the project, written as a pass condition so that NaN fails.
  *
  * Three gates: NaN/Inf sit at the same places with the same sign; every element passes
- * |a-b| <= atol + rtol*max(|b|, rms(b)); 1-cos(a,b) <= ctol (skipped if ctol is 0 or b is all zero). Returns true
- * on success, else prints count, worst index, both values and the limit. `b` is the truth. */
+ * |a-b| <= atol + rtol*max(|b|, rms(b)); 1-cos(a,b) <= ctol (skipped if ctol is 0 or b is all zero). Returns
+ * true on success, else prints count, worst index, both values and the limit. `b` is the truth. */
 #ifndef LSA_TESTS_TESTKIT_COMPARE_H
 #define LSA_TESTS_TESTKIT_COMPARE_H
 

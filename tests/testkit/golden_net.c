@@ -1,5 +1,5 @@
-/* Makes the golden net as a model folder: see golden_net.h. Shares no code with the loader it tests, except the
- * safetensors writer and the small-float encoders (which have their own tests). */
+/* Makes the golden net as a model folder: see golden_net.h. Shares no code with the loader it tests, except
+ * the safetensors writer and the small-float encoders (which have their own tests). */
 #include "tests/testkit/golden_net.h"
 
 #include <math.h>
@@ -37,15 +37,24 @@ static bool ends(const char *s, const char *tail) {
 
 static void fill(float *x, const char *name, int64_t n, int64_t in) {
     double a = 0, b;
-    if (ends(name, "norm.weight")) a = 1, b = 0.3;
-    else if (strstr(name, "attn_sink")) b = 1.2;
-    else if (ends(name, "ape")) b = 1.4;
-    else if (strstr(name, "hc_") && ends(name, "_scale")) a = 1, b = 0.3;
-    else if (strstr(name, "hc_") && ends(name, "_base")) b = 0.8;
-    else if (ends(name, "gate.bias")) b = 0.3;
-    else if (!strcmp(name, "embed.weight")) b = 1.7;
-    else if (strstr(name, "experts.")) b = 5.2 / sqrt((double)in);
-    else b = 2.6 / sqrt((double)in);
+    if (ends(name, "norm.weight"))
+        a = 1, b = 0.3;
+    else if (strstr(name, "attn_sink"))
+        b = 1.2;
+    else if (ends(name, "ape"))
+        b = 1.4;
+    else if (strstr(name, "hc_") && ends(name, "_scale"))
+        a = 1, b = 0.3;
+    else if (strstr(name, "hc_") && ends(name, "_base"))
+        b = 0.8;
+    else if (ends(name, "gate.bias"))
+        b = 0.3;
+    else if (!strcmp(name, "embed.weight"))
+        b = 1.7;
+    else if (strstr(name, "experts."))
+        b = 5.2 / sqrt((double)in);
+    else
+        b = 2.6 / sqrt((double)in);
     float fb = (float)b;
     for (int64_t i = 0; i < n; i++) {
         float u = (float)((double)(word(name, (uint64_t)i) >> 40) * 0x1p-23 - 1.0);
@@ -72,10 +81,12 @@ static lsa_status put(maker *m, const char *name, lsa_dtype t, int64_t rows, int
 }
 
 /* Quantises a matrix by 128 x 128 blocks to E4M3, or rows of 32 to FP4; writes back what the codes mean. */
-static lsa_status quantise(maker *m, const char *name, float *x, int64_t rows, int64_t cols, bool fp4, bool e8m0, bool emit) {
+static lsa_status quantise(maker *m, const char *name, float *x, int64_t rows, int64_t cols, bool fp4,
+                           bool e8m0, bool emit) {
     lsa_status st = LSA_OK;
     lsa_err *err = m->err;
-    const int64_t br = fp4 ? 1 : 128, bc = fp4 ? 32 : 128, nr = (rows + br - 1) / br, nc = (cols + bc - 1) / bc;
+    const int64_t br = fp4 ? 1 : 128, bc = fp4 ? 32 : 128, nr = (rows + br - 1) / br,
+                  nc = (cols + bc - 1) / bc;
     uint8_t *code, *es;
     float *fs;
     LSA_TRY(LSA_NEW(code, rows * cols, err));
@@ -96,8 +107,10 @@ static lsa_status quantise(maker *m, const char *name, float *x, int64_t rows, i
             for (int64_t c = c0; c < c0 + bc && c < cols; c++) {
                 float v = x[r * cols + c] / s;
                 uint8_t k = fp4 ? lsa_f32_to_e2m1(v) : lsa_f32_to_e4m3(v);
-                if (fp4) code[(r * cols + c) / 2] = (uint8_t)(code[(r * cols + c) / 2] | (c % 2 ? k << 4 : k));
-                else code[r * cols + c] = k;
+                if (fp4)
+                    code[(r * cols + c) / 2] = (uint8_t)(code[(r * cols + c) / 2] | (c % 2 ? k << 4 : k));
+                else
+                    code[r * cols + c] = k;
                 x[r * cols + c] = (fp4 ? lsa_e2m1_table[k] : lsa_e4m3_table[k]) * s;
             }
     }
@@ -106,7 +119,8 @@ static lsa_status quantise(maker *m, const char *name, float *x, int64_t rows, i
         return LSA_OK;
     }
     char scale[112];
-    snprintf(scale, sizeof scale, "%.*s%s", (int)(strlen(name) - 7), name, e8m0 ? ".scale" : ".weight_scale_inv");
+    snprintf(scale, sizeof scale, "%.*s%s", (int)(strlen(name) - 7), name,
+             e8m0 ? ".scale" : ".weight_scale_inv");
     LSA_TRY(put(m, name, fp4 ? LSA_I8 : LSA_F8_E4M3, rows, fp4 ? cols / 2 : cols, code));
     if (e8m0) {
         LSA_TRY(put(m, scale, LSA_F8_E8M0, nr, nc, es));
@@ -127,11 +141,14 @@ static lsa_status param(maker *m, const char *name, int64_t rows, int64_t cols) 
     LSA_TRY(LSA_NEW(x, n, m->err));
     fill(x, name, n, cols);
     const bool layer = !strncmp(name, "layers.", 7), expert = strstr(name, ".experts.") != NULL;
-    const bool matrix = layer && rows >= 64 && cols >= 64 && ends(name, ".weight") && !strstr(name, "compressor") &&
-                        !strstr(name, "weights_proj") && !strstr(name, "gate.");
+    const bool matrix = layer && rows >= 64 && cols >= 64 && ends(name, ".weight") &&
+                        !strstr(name, "compressor") && !strstr(name, "weights_proj") &&
+                        !strstr(name, "gate.");
     const lsa_golden_store s = m->store;
-    if (matrix && (s == LSA_STORE_FP8_E8M0 || s == LSA_STORE_DEQUANT_E8M0 || s == LSA_STORE_FP8_F32 || s == LSA_STORE_DEQUANT_F32)) {
-        const bool e8m0 = s == LSA_STORE_FP8_E8M0 || s == LSA_STORE_DEQUANT_E8M0, emit = s == LSA_STORE_FP8_E8M0 || s == LSA_STORE_FP8_F32;
+    if (matrix && (s == LSA_STORE_FP8_E8M0 || s == LSA_STORE_DEQUANT_E8M0 || s == LSA_STORE_FP8_F32 ||
+                   s == LSA_STORE_DEQUANT_F32)) {
+        const bool e8m0 = s == LSA_STORE_FP8_E8M0 || s == LSA_STORE_DEQUANT_E8M0,
+                   emit = s == LSA_STORE_FP8_E8M0 || s == LSA_STORE_FP8_F32;
         LSA_TRY(quantise(m, name, x, rows, cols, e8m0 && expert, e8m0, emit));
         if (emit) {
             lsa_free(x);
@@ -169,10 +186,10 @@ static lsa_status make(maker *m, const lsa_golden *g) {
     lsa_status st = LSA_OK;
     char s[112];
     const int64_t d = g->dim, HD = (int64_t)g->n_head * g->head_dim;
-#define P(rows, cols, ...)                                                                                            \
-    do {                                                                                                              \
-        snprintf(s, sizeof s, __VA_ARGS__);                                                                           \
-        LSA_TRY(param(m, s, rows, cols));                                                                             \
+#define P(rows, cols, ...)                                                                                   \
+    do {                                                                                                     \
+        snprintf(s, sizeof s, __VA_ARGS__);                                                                  \
+        LSA_TRY(param(m, s, rows, cols));                                                                    \
     } while (0)
     P(g->vocab, d, "embed.weight");
     P(g->vocab, d, "head.weight");
@@ -213,7 +230,10 @@ static lsa_status make(maker *m, const lsa_golden *g) {
         }
         P(g->n_expert, d, "layers.%d.ffn.gate.weight", l);
         if (l == 0) {
-            snprintf(s, sizeof s, m->store == LSA_STORE_BF16 ? "model.layers.%d.ffn.gate.tid2eid" : "layers.%d.ffn.gate.tid2eid", l);
+            snprintf(s, sizeof s,
+                     m->store == LSA_STORE_BF16 ? "model.layers.%d.ffn.gate.tid2eid"
+                                                : "layers.%d.ffn.gate.tid2eid",
+                     l);
             LSA_TRY(hash_table(m, "layers.0.ffn.gate.tid2eid", g->vocab, g->n_expert));
             snprintf(m->name[m->n - 1], sizeof m->name[0], "%s", s);
         } else {
@@ -221,8 +241,10 @@ static lsa_status make(maker *m, const lsa_golden *g) {
         }
         for (int x = 0; x <= g->n_expert; x++) {
             char who[32];
-            if (x < g->n_expert) snprintf(who, sizeof who, "experts.%d", x);
-            else snprintf(who, sizeof who, "shared_experts");
+            if (x < g->n_expert)
+                snprintf(who, sizeof who, "experts.%d", x);
+            else
+                snprintf(who, sizeof who, "shared_experts");
             P(g->moe_dim, d, "layers.%d.ffn.%s.w1.weight", l, who);
             P(d, g->moe_dim, "layers.%d.ffn.%s.w2.weight", l, who);
             P(g->moe_dim, d, "layers.%d.ffn.%s.w3.weight", l, who);
@@ -279,7 +301,8 @@ static lsa_status to_modules(maker *m, const lsa_golden *g) {
         LSA_TRY(LSA_NEW(dn, E * w, m->err));
         for (int64_t i = 0; i < m->n; i++) {
             int ll, x, k;
-            if (sscanf(m->name[i], "layers.%d.ffn.experts.%d.w%d.weight", &ll, &x, &k) != 3 || ll != l) continue;
+            if (sscanf(m->name[i], "layers.%d.ffn.experts.%d.w%d.weight", &ll, &x, &k) != 3 || ll != l)
+                continue;
             memcpy(k == 2 ? dn + x * w : gu + (2 * x + (k == 3)) * w, m->owned[i], (size_t)w * sizeof *gu);
             m->name[i][0] = 0;
         }
@@ -311,9 +334,10 @@ static lsa_status to_modules(maker *m, const lsa_golden *g) {
             snprintf(full, sizeof full, "model.%s", s);
             snprintf(s, sizeof m->name[i], "%.111s", full);
         } else {
-            static const char *const top[][2] = {{"embed.weight", "model.embed_tokens.weight"}, {"head.weight", "lm_head.weight"},
-                                                 {"norm.weight", "model.norm.weight"},          {"hc_head_fn", "model.hc_head.hc_fn"},
-                                                 {"hc_head_base", "model.hc_head.hc_base"},     {"hc_head_scale", "model.hc_head.hc_scale"}};
+            static const char *const top[][2] = {
+                {"embed.weight", "model.embed_tokens.weight"}, {"head.weight", "lm_head.weight"},
+                {"norm.weight", "model.norm.weight"},          {"hc_head_fn", "model.hc_head.hc_fn"},
+                {"hc_head_base", "model.hc_head.hc_base"},     {"hc_head_scale", "model.hc_head.hc_scale"}};
             for (size_t k = 0; k < sizeof top / sizeof *top; k++)
                 if (!strcmp(s, top[k][0])) {
                     snprintf(s, sizeof m->name[i], "%s", top[k][1]);
@@ -334,17 +358,18 @@ done:
 }
 
 static int write_config(char *buf, size_t n, const lsa_golden *g) {
-    return snprintf(buf, n,
-                    "{\"architectures\": [\"DeepseekV4ForCausalLM\"], \"vocab_size\": %d, \"dim\": %d, \"n_layers\": 5, "
-                    "\"n_heads\": %d, \"head_dim\": %d, \"rope_head_dim\": %d, \"q_lora_rank\": %d, \"o_groups\": %d, "
-                    "\"o_lora_rank\": %d, \"window_size\": %d, \"index_n_heads\": %d, \"index_head_dim\": %d, \"index_topk\": %d, "
-                    "\"n_routed_experts\": %d, \"n_activated_experts\": 2, \"n_shared_experts\": 1, \"moe_inter_dim\": %d, "
-                    "\"n_hash_layers\": 1, \"hc_mult\": 4, \"hc_sinkhorn_iters\": 20, \"hc_eps\": 1e-6, \"norm_eps\": 1e-6, "
-                    "\"route_scale\": 1.5, \"swiglu_limit\": 1.0, \"compress_ratios\": [0, 4, 16, 4, 16, 0], "
-                    "\"rope_theta\": 10000, \"compress_rope_theta\": 160000, \"rope_factor\": 16, \"original_seq_len\": 64, "
-                    "\"beta_fast\": 32, \"beta_slow\": 1}\n",
-                    g->vocab, g->dim, g->n_head, g->head_dim, g->rope_dim, g->q_rank, g->o_groups, g->o_rank, g->window,
-                    g->index_head, g->index_dim, g->index_topk, g->n_expert, g->moe_dim);
+    return snprintf(
+        buf, n,
+        "{\"architectures\": [\"DeepseekV4ForCausalLM\"], \"vocab_size\": %d, \"dim\": %d, \"n_layers\": 5, "
+        "\"n_heads\": %d, \"head_dim\": %d, \"rope_head_dim\": %d, \"q_lora_rank\": %d, \"o_groups\": %d, "
+        "\"o_lora_rank\": %d, \"window_size\": %d, \"index_n_heads\": %d, \"index_head_dim\": %d, \"index_topk\": %d, "
+        "\"n_routed_experts\": %d, \"n_activated_experts\": 2, \"n_shared_experts\": 1, \"moe_inter_dim\": %d, "
+        "\"n_hash_layers\": 1, \"hc_mult\": 4, \"hc_sinkhorn_iters\": 20, \"hc_eps\": 1e-6, \"norm_eps\": 1e-6, "
+        "\"route_scale\": 1.5, \"swiglu_limit\": 1.0, \"compress_ratios\": [0, 4, 16, 4, 16, 0], "
+        "\"rope_theta\": 10000, \"compress_rope_theta\": 160000, \"rope_factor\": 16, \"original_seq_len\": 64, "
+        "\"beta_fast\": 32, \"beta_slow\": 1}\n",
+        g->vocab, g->dim, g->n_head, g->head_dim, g->rope_dim, g->q_rank, g->o_groups, g->o_rank, g->window,
+        g->index_head, g->index_dim, g->index_topk, g->n_expert, g->moe_dim);
 }
 
 lsa_status lsa_golden_write(const char *dir, const lsa_golden *g, lsa_golden_store store, lsa_err *err) {

@@ -1,5 +1,5 @@
-/* The golden net: a tiny DeepSeek-V4 (5 layers, every branch) whose parameters are functions of their names, so that an
- * implementation anywhere can make the same one. Values: architecture notes 19.1 and 20. */
+/* The golden net: a tiny DeepSeek-V4 (5 layers, every branch) whose parameters are functions of their names,
+ * so that an implementation anywhere can make the same one. Values: architecture notes 19.1 and 20. */
 #ifndef LSA_TESTS_TESTKIT_GOLDEN_NET_H
 #define LSA_TESTS_TESTKIT_GOLDEN_NET_H
 
@@ -17,18 +17,19 @@ lsa_golden lsa_golden_default(void);
 lsa_golden lsa_golden_wide(void);
 
 typedef enum lsa_golden_store {
-    LSA_STORE_F32 = 0,   /* original names, F32 */
-    LSA_STORE_MODULES,   /* transformers' module names, stacked experts, F32 */
-    LSA_STORE_BF16,      /* original names under "model.", BF16 */
-    LSA_STORE_FP8_E8M0,  /* matrices F8_E4M3 with E8M0 block scales, experts packed FP4; the rest F32 */
-    LSA_STORE_FP8_F32,   /* matrices and experts F8_E4M3 with F32 block scales */
+    LSA_STORE_F32 = 0,      /* original names, F32 */
+    LSA_STORE_MODULES,      /* transformers' module names, stacked experts, F32 */
+    LSA_STORE_BF16,         /* original names under "model.", BF16 */
+    LSA_STORE_FP8_E8M0,     /* matrices F8_E4M3 with E8M0 block scales, experts packed FP4; the rest F32 */
+    LSA_STORE_FP8_F32,      /* matrices and experts F8_E4M3 with F32 block scales */
     LSA_STORE_DEQUANT_E8M0, /* what LSA_STORE_FP8_E8M0 means, stored as F32 */
     LSA_STORE_DEQUANT_F32,
     LSA_STORE_DEQUANT_BF16
 } lsa_golden_store;
 
 /* Writes dir/config.json and dir/model.safetensors. */
-LSA_NODISCARD lsa_status lsa_golden_write(const char *dir, const lsa_golden *g, lsa_golden_store store, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_golden_write(const char *dir, const lsa_golden *g, lsa_golden_store store,
+                                          lsa_err *err);
 
 /* Token t of the published sequence. */
 static inline int32_t lsa_golden_token(int64_t t) {

@@ -1,4 +1,5 @@
-/* The checker must fail where it should: NaN, Inf, one element off by 4x, all off by 1 %, shifted by one row. */
+/* The checker must fail where it should: NaN, Inf, one element off by 4x, all off by 1 %, shifted by one row.
+ */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>

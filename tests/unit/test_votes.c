@@ -69,7 +69,7 @@ static void test_pool_only(void **s) {
 /* The same rule written differently: take the largest left until the mass is passed, then mark. */
 static int32_t naive(const int32_t *pool, int32_t n, const float *logit, double top_p, bool *voted) {
     bool used[256] = {false};
-    double z = 0, top = -INFINITY, run = 0;
+    double z = 0, top = -(double)INFINITY, run = 0;
     for (int32_t i = 0; i < n; i++) top = fmax(top, (double)logit[pool[i]]);
     int32_t k = 0;
     for (int32_t i = 0; i < n; i++) z += exp((double)logit[pool[i]] - top);
