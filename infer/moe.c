@@ -33,9 +33,9 @@ static void route(const lsa_engine *e, int32_t layer, int32_t token, int64_t pos
             used[best] = true;
             id[i] = best;
         }
-        if (taps && taps->choose_experts)
-            taps->choose_experts(taps->user, (lsa_layer_id){layer}, pos, k, id, biased);
     }
+    if (taps && taps->choose_experts)
+        taps->choose_experts(taps->user, (lsa_layer_id){layer}, pos, k, id, biased);
     float sum = 0.0f;
     for (int32_t i = 0; i < k; i++) sum += weight[i] = score[id[i]];
     for (int32_t i = 0; i < k; i++) weight[i] = weight[i] / sum * c->route_scale;

@@ -87,12 +87,12 @@ for name, ids in STRETCH:
     logits = model(input_ids=t, use_cache=False).logits[0].float()
     n = len(ids)
     say(name, n, "logits", tuple(logits.shape), "nll", float(torch.nn.functional.cross_entropy(logits[:-1], t[0, 1:])))
-    save[name + ".tokens"] = ids.astype(np.int16)
+    save[name + ".tokens"] = ids.astype(np.int32)
     save[name + ".lse"] = torch.logsumexp(logits.double(), -1).cpu().numpy().astype(np.float32)
     nxt = torch.cat([t[0, 1:], t[0, :1]])
     save[name + ".next"] = logits.gather(1, nxt[:, None])[:, 0].cpu().numpy()
     save[name + ".cols"] = logits[:, COLS].cpu().numpy()
-    save[name + ".argmax"] = logits.argmax(-1).cpu().numpy().astype(np.int16)
+    save[name + ".argmax"] = logits.argmax(-1).cpu().numpy().astype(np.int32)
     for (kind, mod), o in sorted(caught.items()):
         say(name, kind, mod, describe(o))
     experts = []
@@ -140,6 +140,6 @@ for name, ids in STRETCH:
             at = np.array([n - 1])
         save[f"{name}.tie{o}"] = at.astype(np.int32)
         save[f"{name}.tiegap{o}"] = gap[at]
-        save[f"{name}.tiesel{o}"] = np.ascontiguousarray(asc[at]).astype(np.int16)
+        save[f"{name}.tiesel{o}"] = np.ascontiguousarray(asc[at]).astype(np.int32)
 save_file(save, out, metadata={"transformers": transformers.__version__, "torch": torch.__version__})
 say("bytes", sum(v.nbytes for v in save.values()))
