@@ -1,8 +1,10 @@
-/* The mini teacher against transformers 5.17 (float32, eager): four stretches of 1,024 to 8,192 tokens, natural and planted.
+/* The mini teacher against transformers 5.17 (float32, eager): four stretches of 1,024 to 8,192 tokens,
+ * natural and planted.
  *
- * Selected chunks and routed experts must be the same at every token and layer, apart from near ties (scores within 1e-5), which are
- * counted, printed and replayed as transformers chose; logits then agree within 1e-3. The fixture keeps, per token, the logits of the
- * next token and of four fixed columns, the log-sum-exp over all columns and the arg max (tests/oracle/make_teacher_fixtures.py). */
+ * Selected chunks and routed experts must be the same at every token and layer, apart from near ties (scores
+ * within 1e-5), which are counted, printed and replayed as transformers chose; logits then agree within 1e-3.
+ * The fixture keeps, per token, the logits of the next token and of four fixed columns, the log-sum-exp over
+ * all columns and the arg max (tests/oracle/make_teacher_fixtures.py). */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -104,11 +106,13 @@ static double log_sum_exp(const float *z, int64_t *argmax) {
 }
 
 /* Largest difference of a token's kept numbers; NaN stays NaN. */
-static double worst_of(const stretch *s, const int32_t *column, const float *z, int64_t t, bool *argmax_same) {
+static double worst_of(const stretch *s, const int32_t *column, const float *z, int64_t t,
+                       bool *argmax_same) {
     int64_t top = 0;
     double worst = fabs(log_sum_exp(z, &top) - (double)s->lse[t]);
     for (int c = -1; c < COLS; c++) {
-        const float a = c < 0 ? z[s->token[(t + 1) % s->n]] : z[column[c]], b = c < 0 ? s->next[t] : s->cols[t * COLS + c];
+        const float a = c < 0 ? z[s->token[(t + 1) % s->n]] : z[column[c]],
+                    b = c < 0 ? s->next[t] : s->cols[t * COLS + c];
         const double d = fabs((double)a - (double)b);
         if (!(d <= worst)) worst = d;
     }
@@ -131,7 +135,8 @@ static void run(const lsa_engine *e, const lsa_st *f, const char *name) {
     const lsa_taps taps = {.user = &s, .choose_chunks = check_chunks, .choose_experts = check_experts};
     if (lsa_session_create(&session, e, &so, &err) != LSA_OK) fail_msg("%s", err.msg);
     for (int64_t t0 = 0; t0 < s.n; t0 += CHUNK) {
-        if (lsa_session_forward(session, s.token + t0, CHUNK, z, false, &taps, &err) != LSA_OK) fail_msg("%s", err.msg);
+        if (lsa_session_forward(session, s.token + t0, CHUNK, z, false, &taps, &err) != LSA_OK)
+            fail_msg("%s", err.msg);
         for (int64_t t = t0; t < t0 + CHUNK; t++) {
             bool same;
             const double d = worst_of(&s, column, z + (t - t0) * VOCAB, t, &same);
@@ -140,9 +145,10 @@ static void run(const lsa_engine *e, const lsa_st *f, const char *name) {
             if (!(d <= worst)) worst = d;
         }
     }
-    printf("%-10s %5lld tokens: ties replayed %lld chunks, %lld experts; different beyond ties %lld, %lld; largest logit difference %.2e\n",
-           name, (long long)s.n, (long long)s.chunk_ties, (long long)s.expert_ties, (long long)s.chunk_wrong,
-           (long long)s.expert_wrong, worst);
+    printf(
+        "%-10s %5lld tokens: ties replayed %lld chunks, %lld experts; different beyond ties %lld, %lld; largest logit difference %.2e\n",
+        name, (long long)s.n, (long long)s.chunk_ties, (long long)s.expert_ties, (long long)s.chunk_wrong,
+        (long long)s.expert_wrong, worst);
     assert_int_equal(s.chunk_wrong, 0);
     assert_int_equal(s.expert_wrong, 0);
     assert_int_equal(argmax_wrong, 0);
@@ -158,7 +164,8 @@ static void test_stretches(void **state) {
     lsa_engine *e = NULL;
     lsa_err err = {0};
     lsa_st *f = lsa_fixture_open("tests/fixtures/teacher_mini.safetensors");
-    if (lsa_engine_open(&e, "recipes/mini/teacher", &(lsa_engine_opts){0}, &err) != LSA_OK) fail_msg("%s", err.msg);
+    if (lsa_engine_open(&e, "recipes/mini/teacher", &(lsa_engine_opts){0}, &err) != LSA_OK)
+        fail_msg("%s", err.msg);
     assert_int_equal(lsa_engine_config(e)->n_layer, LAYERS);
     assert_int_equal(lsa_engine_config(e)->vocab, VOCAB);
     run(e, f, "train_a");
@@ -203,6 +210,7 @@ static void test_checks_can_fail(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_stretches), cmocka_unit_test(test_checks_can_fail)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_stretches),
+                                       cmocka_unit_test(test_checks_can_fail)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
