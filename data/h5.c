@@ -101,7 +101,7 @@ static lsa_status io_code(void) {
     return sys ? lsa_status_from_errno(sys) : LSA_E_IO;
 }
 
-lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, lsa_err *err) {
+lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, int64_t head_bytes, lsa_err *err) {
     lsa_h5_writer *w = NULL;
     char why[160];
     *out = NULL;
@@ -110,9 +110,12 @@ lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, lsa_err *err) {
     snprintf(w->path, sizeof w->path, "%s", path);
     pthread_mutex_lock(&g_lock);
     errno = 0;
-    hid_t fcpl = H5Pcreate(H5P_FILE_CREATE);
+    hid_t fcpl = H5Pcreate(H5P_FILE_CREATE), fapl = H5Pcreate(H5P_FILE_ACCESS);
     H5Pset_obj_track_times(fcpl, false);
-    w->file = H5Fcreate(path, H5F_ACC_TRUNC, fcpl, H5P_DEFAULT);
+    H5Pset_meta_block_size(fapl, (hsize_t)head_bytes);
+    H5Pset_small_data_block_size(fapl, 0);
+    w->file = H5Fcreate(path, H5F_ACC_TRUNC, fcpl, fapl);
+    H5Pclose(fapl);
     H5Pclose(fcpl);
     if (w->file < 0)
         st = lsa_err_set(err, io_code(), __FILE__, __LINE__, "cannot create '%s': %s", path, h5_text(why));

@@ -31,7 +31,10 @@ typedef enum lsa_h5_type {
 int64_t lsa_h5_type_bytes(lsa_h5_type t); /* LSA_H5_STR: fixed 96-byte strings, NUL-padded */
 
 typedef struct lsa_h5_writer lsa_h5_writer;
-LSA_NODISCARD lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, lsa_err *err);
+/* head_bytes: room at the start of the file for all of HDF5's own structures, so that data follows without a
+ * gap. */
+LSA_NODISCARD lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, int64_t head_bytes,
+                                       lsa_err *err);
 /* name: "/group/set"; groups are made as needed. cols 0 means a vector. */
 LSA_NODISCARD lsa_status lsa_h5_write(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows,
                                       int64_t cols, const void *data, lsa_err *err);

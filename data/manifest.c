@@ -49,10 +49,11 @@ lsa_status lsa_manifest_save(const lsa_manifest *m, const char *dir, lsa_err *er
                                                 "ratio", LSA_CHUNK, "keys", f->has_keys[i]));
     for (int64_t i = 0; i < m->shard.len; i++) {
         const lsa_manifest_shard *s = &m->shard.data[i];
-        json_array_append_new(shards, json_pack("{s:s, s:I, s:I, s:I, s:I, s:o}", "file", s->file,
+        json_array_append_new(shards, json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:I, s:o}", "file", s->file,
                                                 "documents", (json_int_t)s->documents, "rows",
                                                 (json_int_t)s->rows, "tokens", (json_int_t)s->tokens, "bytes",
-                                                (json_int_t)s->bytes, "xxh64", hex(s->xxh64)));
+                                                (json_int_t)s->bytes, "xxh64", hex(s->xxh64), "head_bytes",
+                                                (json_int_t)s->head_bytes, "head_xxh64", hex(s->head_xxh64)));
     }
     json_object_set_new(root, "format", json_string("lsa-shard/1"));
     json_object_set_new(root, "complete", json_boolean(m->complete));
@@ -154,6 +155,8 @@ static lsa_status parse_shards(lsa_manifest *m, const json_t *root, const char *
         LSA_TRY(lsa_json_i64_in(&s.tokens, 1, big, o, "tokens", where, err));
         LSA_TRY(lsa_json_i64_in(&s.bytes, 1, big, o, "bytes", where, err));
         LSA_TRY(get_hash(&s.xxh64, o, "xxh64", where, err));
+        LSA_TRY(lsa_json_i64_in(&s.head_bytes, 1, 1 << 26, o, "head_bytes", where, err));
+        LSA_TRY(get_hash(&s.head_xxh64, o, "head_xxh64", where, err));
         LSA_TRY(lsa_manifest_add(m, &s, err));
     }
 done:

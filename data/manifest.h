@@ -10,6 +10,8 @@ typedef struct lsa_manifest_shard {
     char file[64];
     int64_t documents, rows, tokens, bytes;
     uint64_t xxh64;
+    int64_t head_bytes; /* HDF5's own structures, before the first dataset */
+    uint64_t head_xxh64;
 } lsa_manifest_shard;
 
 typedef struct lsa_manifest {

@@ -14,10 +14,15 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
+typedef struct extent {
+    int64_t offset, bytes;
+} extent;
+
 typedef struct hasher {
     lsa_h5_reader *h;
     const char *path;
     int fd;
+    LSA_VEC(extent) extents;
 } hasher;
 
 static lsa_status check_one(void *user, const char *name, lsa_err *err) {
@@ -34,19 +39,72 @@ static lsa_status check_one(void *user, const char *name, lsa_err *err) {
             LSA_E_FORMAT,
             "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again",
             c->path, name);
+    if (bytes) {
+        LSA_TRY(LSA_VEC_RESERVE(c->extents, c->extents.len + 1, err));
+        c->extents.data[c->extents.len++] = (extent){offset, bytes};
+    }
 done:
     lsa_free(buf);
     return st;
 }
 
-lsa_status lsa_shard_check_hashes(const char *path, lsa_err *err) {
+static int by_offset(const void *a, const void *b) {
+    const int64_t x = ((const extent *)a)->offset, y = ((const extent *)b)->offset;
+    return (x > y) - (x < y);
+}
+
+static lsa_status find_head(int64_t *head_bytes, hasher *c, lsa_err *err) {
+    int64_t size, at;
+    lsa_status st = lsa_file_size(&size, c->path, err);
+    if (st != LSA_OK) return st;
+    if (c->extents.len == 0) LSA_RET_FAIL(LSA_E_FORMAT, "'%s' holds no data", c->path);
+    qsort(c->extents.data, (size_t)c->extents.len, sizeof *c->extents.data, by_offset);
+    *head_bytes = at = c->extents.data[0].offset;
+    for (int64_t i = 0; i < c->extents.len; i++) {
+        if (c->extents.data[i].offset != at) break;
+        at += c->extents.data[i].bytes;
+    }
+    if (at != size)
+        LSA_RET_FAIL(LSA_E_BUG, "'%s': HDF5 put structures behind byte %lld, after the first dataset",
+                     c->path, (long long)at);
+    return LSA_OK;
+}
+
+lsa_status lsa_shard_hash_head(uint64_t *xxh64, const char *path, int64_t head_bytes, lsa_err *err) {
     lsa_status st = LSA_OK;
-    hasher c = {NULL, path, -1};
+    char *buf = NULL;
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) LSA_FAIL(LSA_E_IO, "cannot open '%s'", path);
+    LSA_TRY(lsa_alloc_((void **)&buf, head_bytes, 1, "head", err));
+    LSA_TRY(lsa_pread_all(fd, buf, (size_t)head_bytes, 0, path, err));
+    *xxh64 = lsa_xxh64(buf, (size_t)head_bytes);
+done:
+    if (fd >= 0) close(fd);
+    lsa_free(buf);
+    return st;
+}
+
+lsa_status lsa_shard_check_head(const char *path, const lsa_manifest_shard *m, lsa_err *err) {
+    uint64_t h = 0;
+    const lsa_status st = lsa_shard_hash_head(&h, path, m->head_bytes, err);
+    if (st == LSA_OK && h != m->head_xxh64)
+        LSA_RET_FAIL(
+            LSA_E_FORMAT,
+            "shard '%s': its first %lld bytes, HDF5's own structures, do not match the manifest's hash; it was damaged or replaced: delete it and dump again",
+            path, (long long)m->head_bytes);
+    return st;
+}
+
+lsa_status lsa_shard_check_hashes(int64_t *head_bytes, const char *path, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    hasher c = {.path = path, .fd = -1};
     LSA_TRY(lsa_h5_open(&c.h, path, err));
     c.fd = open(path, O_RDONLY | O_CLOEXEC);
     if (c.fd < 0) LSA_FAIL(LSA_E_IO, "cannot open '%s'", path);
     LSA_TRY(lsa_h5_each(c.h, check_one, &c, err));
+    if (head_bytes) LSA_TRY(find_head(head_bytes, &c, err));
 done:
+    lsa_free(c.extents.data);
     if (c.fd >= 0) close(c.fd);
     lsa_h5_close(c.h);
     return st;
@@ -288,7 +346,8 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
                      "shard '%s' is missing but the manifest lists it; restore it or dump again", path);
         LSA_TRY(lsa_xxh64_file(&h, path, err));
         if (h == m.shard.data[i].xxh64) continue;
-        LSA_TRY(lsa_shard_check_hashes(path, err)); /* names the dataset, if one is hit */
+        LSA_TRY(lsa_shard_check_head(path, &m.shard.data[i], err));
+        LSA_TRY(lsa_shard_check_hashes(NULL, path, err)); /* names the dataset, if one is hit */
         LSA_FAIL(
             LSA_E_FORMAT,
             "shard '%s' does not match the manifest's hash: it was damaged or replaced; delete it and dump again",

@@ -4,6 +4,7 @@
 
 #include "data/h5.h"
 #include "data/lsa_shard.h"
+#include "data/manifest.h"
 
 #define LSA_MAX_PROBE 8
 
@@ -11,8 +12,16 @@
  * masses of the sliding window and of the sink lie in [0, 1]. */
 LSA_NODISCARD lsa_status lsa_shards_check_rows(const lsa_shards *s, int64_t doc, lsa_err *err);
 
-/* Reads every dataset of one file and compares it with its xxh64 attribute. */
-LSA_NODISCARD lsa_status lsa_shard_check_hashes(const char *path, lsa_err *err);
+/* Reads every dataset of one file and compares it with its xxh64 attribute. *head_bytes (may be NULL): where
+ * the first dataset begins; LSA_E_BUG unless the datasets fill the file from there to its end, so that no
+ * HDF5 structure lies behind. */
+LSA_NODISCARD lsa_status lsa_shard_check_hashes(int64_t *head_bytes, const char *path, lsa_err *err);
+
+/* The head of a shard, all of HDF5's own structures, against the manifest. Before HDF5 opens the file: its
+ * parser is not safe on damaged structures (1.10 reads and writes out of bounds). */
+LSA_NODISCARD lsa_status lsa_shard_check_head(const char *path, const lsa_manifest_shard *m, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_shard_hash_head(uint64_t *xxh64, const char *path, int64_t head_bytes,
+                                             lsa_err *err);
 
 /* Calls fn for every dataset path of a file, in a fixed order. */
 LSA_NODISCARD lsa_status lsa_h5_each(lsa_h5_reader *r,

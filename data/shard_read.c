@@ -177,6 +177,7 @@ static lsa_status open_shard(lsa_shards *s, int64_t i, lsa_err *err) {
     char name[64], text[96], hash[17];
     x->fd = open(x->path, O_RDONLY | O_CLOEXEC);
     if (x->fd < 0) LSA_FAIL(LSA_E_IO, "cannot open '%s'", x->path);
+    LSA_TRY(lsa_shard_check_head(x->path, m, err));
     LSA_TRY(lsa_h5_open(&h, x->path, err));
     LSA_TRY(lsa_h5_get_str(text, sizeof text, h, "format", err));
     if (strcmp(text, "lsa-shard/1"))

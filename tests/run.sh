@@ -39,8 +39,5 @@ ctest --test-dir build/asan -L 'unit|ops|oracle|golden' --output-on-failure -j "
 say "fuzz smoke: 20 s a target"
 bash tests/fuzz/run.sh 20
 
-say "quick start on a copy of this tree"
-bash tests/quickstart.sh
-
 say "all tests"
 ctest --test-dir build/cpu --output-on-failure -j "$jobs"

@@ -36,6 +36,9 @@ add_compile_options($<$<COMPILE_LANGUAGE:C>:-fno-math-errno> $<$<COMPILE_LANGUAG
 if(LSA_NATIVE)
   add_compile_options($<$<COMPILE_LANGUAGE:C>:-march=native>)
 endif()
+if(LSA_FUZZ)
+  add_compile_options($<$<COMPILE_LANGUAGE:C>:-fsanitize=fuzzer-no-link>) # coverage of the libraries guides the fuzzer
+endif()
 if(LSA_SANITIZE)
   add_compile_options($<$<COMPILE_LANGUAGE:C>:-fsanitize=${LSA_SANITIZE}> $<$<COMPILE_LANGUAGE:C>:-fno-omit-frame-pointer>
                       $<$<COMPILE_LANGUAGE:C>:-fno-sanitize-recover=all>)

@@ -1,6 +1,6 @@
 /* State and helpers of the CUDA backend. Internal to kernels/cuda. */
-#ifndef LSA_KERNELS_CUDA_STATE_H
-#define LSA_KERNELS_CUDA_STATE_H
+#ifndef LSA_KERNELS_CUDA_CUDA_STATE_H
+#define LSA_KERNELS_CUDA_CUDA_STATE_H
 
 #include <cuda_runtime.h>
 #include <cublasLt.h>

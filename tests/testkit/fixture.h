@@ -1,5 +1,5 @@
-/* Reading committed fixtures (small safetensors made by an oracle). For tests only: what is missing or has another type fails the
- * running test with its name. */
+/* Reading committed fixtures (small safetensors made by an oracle). For tests only: what is missing or has
+ * another type fails the running test with its name. */
 #ifndef LSA_TESTS_TESTKIT_FIXTURE_H
 #define LSA_TESTS_TESTKIT_FIXTURE_H
 

@@ -150,7 +150,7 @@ static void test_equal_bytes(void **state) {
     int64_t guess = 0;
     for (int i = 0; i < FIX_DOCS; i++) guess += lsa_doc_stats_bytes(&x.d[i], &x.f);
     assert_true(guess < a.bytes &&
-                a.bytes < guess + 100000); /* what boundaries are made of is near the truth */
+                a.bytes < guess + 150000); /* what boundaries are made of is near the truth */
     shard_fixture_free(&x);
 }
 
@@ -186,7 +186,7 @@ static void test_disk_full(void **state) {
             fail_msg("limit %lld: wait status %d", (long long)limit, status);
         assert_false(lsa_exists(shard_fixture_path(&x, "shard_00001.h5")));
         assert_false(lsa_exists(shard_fixture_path(&x, "shard_00001.h5.tmp")));
-        FIX_OK(lsa_shard_check_hashes(shard_fixture_path(&x, "shard_00000.h5"), &fix_err));
+        FIX_OK(lsa_shard_check_hashes(NULL, shard_fixture_path(&x, "shard_00000.h5"), &fix_err));
     }
     FIX_OK(lsa_shard_seal(&s, x.dir, "shard_00001.h5", &x.f, x.d, FIX_DOCS, &fix_err)); /* space is back */
     assert_true(s.xxh64 == whole.xxh64);
