@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SIGKILL at 30 seeded moments of a short run, each followed by resume: the checkpoints (every file, and which step latest and best
-# name) equal those of a run that was never touched. Kills come at random times, so they fall into steps, evaluations and saves.
+# name) and what is exported from them equal those of a run that was never touched. Kills come at random times, so they fall into steps, evaluations and saves.
 #   LSA_KILLS=N   another number of kills        LSA_SEED=N   another sequence
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,8 +16,10 @@ opts=(--recipe recipes/smoke.yaml --data "$work/shards" --device cpu --set train
       --set train.eval_every=15 --set train.keep=2 --set model.heads=8 --set model.rank=64)
 prints() { (cd "$1/ckpt" && find . -type f | LC_ALL=C sort | xargs sha256sum); }
 
+export_of() { "$bin/lsa-export" write "$1" --out "$work/export" >/dev/null 2>&1; (cd "$work/export" && sha256sum *); rm -rf "$work/export"; }
 "$bin/lsa-train" run "${opts[@]}" --out "$work/whole" >/dev/null 2>&1
 prints "$work/whole" >"$work/want"
+export_of "$work/whole" >>"$work/want"
 t0=$(date +%s%N) # the second run is timed: the first one also warms the file cache
 "$bin/lsa-train" run "${opts[@]}" --out "$work/timed" >/dev/null 2>&1
 span=$((($(date +%s%N) - t0) / 1000)) # microseconds
@@ -43,6 +45,7 @@ while [ "$landed" -lt "$kills" ]; do
     if [ -e "$run/run.json" ]; then cmd=(resume "$run" --device cpu); else cmd=(run "${opts[@]}" --out "$run"); fi
     "$bin/lsa-train" "${cmd[@]}" >"$work/log" 2>&1 || { echo "round $round: resume failed"; cat "$work/log"; exit 1; }
     prints "$run" >"$work/got"
+    export_of "$run" >>"$work/got"
     if ! diff "$work/want" "$work/got"; then
         echo "round $round (LSA_SEED=$seed bash tests/fault/test_train_kill.sh): checkpoints differ from the uninterrupted run"
         exit 1

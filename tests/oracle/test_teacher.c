@@ -81,7 +81,7 @@ static void check_experts(void *user, lsa_layer_id layer, int64_t position, int3
     const int32_t lo = expert[0] < expert[1] ? expert[0] : expert[1], hi = expert[0] ^ expert[1] ^ lo;
     if (n == EXPERTS_USED && lo == want[0] && hi == want[1]) return;
     /* A tie: the one that came in scores as much as the one that went out. */
-    double out = INFINITY, in = -(double)INFINITY;
+    double out = (double)INFINITY, in = -(double)INFINITY;
     for (int i = 0; i < EXPERTS_USED; i++) {
         if (want[i] != lo && want[i] != hi) in = fmax(in, (double)score[want[i]]);
         if (expert[i] != want[0] && expert[i] != want[1]) out = fmin(out, (double)score[expert[i]]);
