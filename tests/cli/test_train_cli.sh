@@ -2,23 +2,8 @@
 # lsa-train from outside: help, exit codes, one clear message for every kind of bad input, stop and resume, disk full.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-bin=${LSA_BIN:?}
-python=${LSA_PYTHON:-python3}
-work=$(mktemp -d /tmp/lsa-traincli-XXXXXX)
-trap 'rm -rf "$work"' EXIT
+. tests/testkit/expect.sh
 export OMP_NUM_THREADS=1
-failed=0
-bad() { echo "FAILED: $*"; failed=1; }
-
-# expect CODE TEXT command...: exit code, and TEXT in what it printed; at most 4 lines on an error
-expect() {
-    local code=$1 text=$2 rc
-    shift 2
-    "$@" >"$work/out" 2>&1
-    rc=$?
-    [ "$rc" = "$code" ] || { bad "exit $rc, expected $code: $*"; cat "$work/out"; }
-    grep -qF -- "$text" "$work/out" || { bad "'$text' is not in the output of: $*"; cat "$work/out"; }
-}
 errors_once() { [ "$(grep -c 'error:' "$work/out")" = 1 ] || { bad "not exactly one error line"; cat "$work/out"; }; }
 
 for sub in run resume eval config; do expect 0 "Usage: lsa-train $sub" "$bin/lsa-train" $sub --help; done
@@ -140,8 +125,8 @@ import h5py, sys
 with h5py.File(sys.argv[1], "r+") as f:
     f["hidden/c0"][...] = 0x7F80  # infinity in bf16
 PY
+[ $? = 0 ] || bad "h5py could not write the shard"
 expect 6 "not finite" "$bin/lsa-train" run --recipe recipes/smoke.yaml --data "$work/inf" --out "$work/r4" --device cpu --set train.max_bad=3
 grep -q "document" "$work/out" || bad "the skipped batch is not named"
 
-[ $failed = 0 ] && echo "ok"
-exit $failed
+verdict

@@ -64,7 +64,12 @@ static void check_chunks(void *user, lsa_layer_id layer, int64_t position, int32
     const int o = layer.v / 2; /* CSA layers are 1, 3, 5 */
     if (fnv(sel, n) == (uint32_t)s->hash[o][position]) return;
     for (int64_t i = 0; i < s->n_tie[o]; i++) {
-        if (s->tie[o][i] != position || !((double)s->tie_gap[o][i] <= TIE)) continue;
+        if (s->tie[o][i] != position) continue;
+        if (!((double)s->tie_gap[o][i] <= TIE)) {
+            printf("layer %d, token %lld: another selection where the gap is %.1e\n", layer.v,
+                   (long long)position, (double)s->tie_gap[o][i]);
+            break;
+        }
         memcpy(sel, s->tie_sel[o] + i * TOP_K + TOP_K - n, (size_t)n * sizeof *sel);
 #pragma omp atomic
         s->chunk_ties++;
@@ -169,9 +174,12 @@ static void test_stretches(void **state) {
     assert_int_equal(lsa_engine_config(e)->n_layer, LAYERS);
     assert_int_equal(lsa_engine_config(e)->vocab, VOCAB);
     run(e, f, "train_a");
+#ifndef __SANITIZE_ADDRESS__ /* there other code is generated, with other roundings, twenty times slower:    \
+                                one stretch is enough */
     run(e, f, "train_b");
     run(e, f, "planted_a");
     run(e, f, "planted_b");
+#endif
     lsa_engine_close(e);
     lsa_st_close(f);
 }
