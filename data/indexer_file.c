@@ -81,6 +81,22 @@ static lsa_status read_meta(json_t **out, const lsa_st *s, const char *key, cons
     return lsa_json_parse(out, text, strlen(text), key, err);
 }
 
+/* No tensor beside those of the parameter table (that none is missing is seen when they are read). */
+static lsa_status check_names(const lsa_st *s, const lsa_indexer_geom *g, const char *path, lsa_err *err) {
+    for (int64_t i = 0; i < lsa_st_count(s); i++) {
+        bool known = false;
+        for (int k = 0; k < g->n_layer * LSA_INDEXER_PARTS; k++)
+            known = known || !strcmp(lsa_st_at(s, i)->name,
+                                     lsa_indexer_tensor_at(g, k / LSA_INDEXER_PARTS,
+                                                           (lsa_indexer_part)(k % LSA_INDEXER_PARTS))
+                                         .name);
+        if (!known)
+            LSA_RET_FAIL(LSA_E_FORMAT, "'%s': tensor '%.80s' does not belong to its geometry", path,
+                         lsa_st_at(s, i)->name);
+    }
+    return LSA_OK;
+}
+
 lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_st *s = NULL;
@@ -109,9 +125,7 @@ lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *
     LSA_TRY(lsa_json_i64_in(&f->tail, 0, INT64_C(1) << 32, select, "tail", path, err));
     LSA_TRY(lsa_json_f64(&f->threshold, select, "threshold", path, err));
     LSA_TRY(read_meta(&f->train, s, "lsa.train", path, err));
-    if (lsa_st_count(s) != (int64_t)f->geom.n_layer * LSA_INDEXER_PARTS)
-        LSA_FAIL(LSA_E_FORMAT, "'%s' holds %lld tensors, its geometry asks for %d", path,
-                 (long long)lsa_st_count(s), f->geom.n_layer * LSA_INDEXER_PARTS);
+    LSA_TRY(check_names(s, &f->geom, path, err));
     LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
     for (int32_t l = 0; l < f->geom.n_layer; l++)
         for (int p = 0; p < LSA_INDEXER_PARTS; p++) {

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "data/lsa_safetensors.h"
+#include "kernels/core/hash.h"
 #include "kernels/core/dtype.h"
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
@@ -100,11 +101,21 @@ static void combine(float *score, const float *z, const lsa_indexer_file *f) {
 
 enum { PER_LAYER = 7 };
 
+/* XXH64 of the indexer that the vectors were made from. */
+static lsa_status hash_of(char hex[17], const char *dir, lsa_err *err) {
+    char path[LSA_PATH_MAX];
+    uint64_t h = 0;
+    lsa_status st = lsa_path(path, err, "%s/indexer.safetensors", dir);
+    if (st == LSA_OK) st = lsa_xxh64_file(&h, path, err);
+    lsa_hex64(hex, h);
+    return st;
+}
+
 lsa_status lsa_golden_vectors_write(const lsa_indexer_file *f, const char *dir, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_indexer_geom *g = &f->geom;
     lsa_st_entry e[LSA_MAX_CSA * PER_LAYER + 3];
-    char name[LSA_MAX_CSA * PER_LAYER][64], path[LSA_PATH_MAX];
+    char name[LSA_MAX_CSA * PER_LAYER][64], path[LSA_PATH_MAX], hex[17];
     inputs in[LSA_MAX_CSA] = {{0}};
     stages s[LSA_MAX_CSA] = {{0}};
     float *z = NULL, score[M * N_KEY], scratch[N_KEY];
@@ -144,7 +155,9 @@ lsa_status lsa_golden_vectors_write(const lsa_indexer_file *f, const char *dir, 
     e[n++] = (lsa_st_entry){"position", LSA_I64, 1, {M}, POSITION};
     e[n++] = (lsa_st_entry){"score", LSA_F32, 2, {M, N_KEY}, score};
     e[n++] = (lsa_st_entry){"selected", LSA_I32, 2, {M, TOP}, top};
-    const char *meta[] = {"lsa.format", "lsa-golden/1", "ensemble", lsa_ensemble_name(f->ensemble), NULL};
+    LSA_TRY(hash_of(hex, dir, err));
+    const char *meta[] = {
+        "lsa.format", "lsa-golden/1", "ensemble", lsa_ensemble_name(f->ensemble), "indexer_xxh64", hex, NULL};
     LSA_TRY(lsa_path(path, err, "%s/golden.safetensors", dir));
     LSA_TRY(lsa_st_save(path, e, n, meta, err));
 done:
@@ -179,7 +192,7 @@ lsa_status lsa_golden_vectors_check(const lsa_indexer_file *f, const char *dir, 
         "RoPE layout, base or position, or the Hadamard rotation",
         "weights_proj, or its scale 1/sqrt(128*heads)", "key codec, ReLU or head sum"};
     static const char *const what[] = {"a", "u", "q", "w", "logit"};
-    char path[LSA_PATH_MAX], name[64];
+    char path[LSA_PATH_MAX], name[64], hex[17];
     lsa_st *file = NULL;
     lsa_ctx *ctx = NULL;
     stages s = {0};
@@ -189,6 +202,13 @@ lsa_status lsa_golden_vectors_check(const lsa_indexer_file *f, const char *dir, 
     *worst = 0;
     LSA_TRY(lsa_path(path, err, "%s/golden.safetensors", dir));
     LSA_TRY(lsa_st_open(&file, path, err));
+    const char *recorded = lsa_st_metadata(file, "indexer_xxh64");
+    LSA_TRY(hash_of(hex, dir, err));
+    if (!recorded || strcmp(recorded, hex))
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "'%s/indexer.safetensors' is not the file that the golden vectors were made from; it was changed or damaged: export again",
+            dir);
     LSA_TRY(lsa_ctx_create(&ctx, device, err));
     LSA_TRY(LSA_NEW(z, g->n_layer * M * N_KEY, err));
     for (int32_t l = 0; l < g->n_layer; l++) {

@@ -13,30 +13,8 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 
-static lsa_status parse_policies(lsa_validate_opts *o, const char *text, lsa_err *err) {
-    for (const char *p = text; *p;) {
-        const size_t n = strcspn(p, ",");
-        int k = 0;
-        while (k < LSA_N_POLICY &&
-               (strlen(lsa_policy_name((lsa_policy)k)) != n || strncmp(p, lsa_policy_name((lsa_policy)k), n)))
-            k++;
-        if (n == 5 && !strncmp(p, "quest", 5))
-            LSA_RET_FAIL(
-                LSA_E_UNSUPPORTED,
-                "policy quest is not in this version; use full, dense, lsa, oracle, recency, random, untrained, last, last-spread");
-        if (k == LSA_N_POLICY)
-            LSA_RET_FAIL(
-                LSA_E_ARG,
-                "--policy '%.*s' is unknown; expected full, dense, lsa, oracle, recency, random, untrained, last, last-spread",
-                (int)n, p);
-        o->policy[k] = true;
-        p += n + (p[n] != 0);
-    }
-    return LSA_OK;
-}
-
 static lsa_status parse_budgets(lsa_validate_opts *o, const char *text, lsa_err *err) {
-    for (const char *p = text; *p;) {
+    for (const char *p = text;;) {
         char *end;
         const double v = strtod(p, &end);
         if (end == p || (*end && *end != ',') || !(v > 0 && v <= 1) || o->n_budget == LSA_MAX_BUDGET)
@@ -45,9 +23,9 @@ static lsa_status parse_budgets(lsa_validate_opts *o, const char *text, lsa_err 
                 "--budget '%s': expected at most %d fractions in (0, 1] with commas between, such as 0.05,0.10",
                 text, LSA_MAX_BUDGET);
         o->budget[o->n_budget++] = v;
-        p = *end ? end + 1 : end;
+        if (!*end) return LSA_OK;
+        p = end + 1;
     }
-    return LSA_OK;
 }
 
 static lsa_status check_device(const char *device, lsa_err *err) {
@@ -112,7 +90,7 @@ static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
     if (o.top_k > 0 && o.threshold >= 0) LSA_FAIL(LSA_E_ARG, "--top-k and --threshold exclude each other");
     o.seed = (uint64_t)seed;
     LSA_TRY(check_device(device, err));
-    LSA_TRY(parse_policies(&o, policy, err));
+    LSA_TRY(lsa_policy_parse(o.policy, policy, err));
     LSA_TRY(parse_budgets(&o, budget, err));
     if (o.policy[LSA_POLICY_LSA] && !indexer) LSA_FAIL(LSA_E_ARG, "policy lsa needs --indexer");
     if (indexer) LSA_TRY(lsa_indexer_file_load(&f, indexer, err));
