@@ -48,7 +48,7 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
     for (int32_t l = 0; l < g->n_layer; l++)
         say(&t, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
     say(&t,
-        " |\n| RoPE | last %d channels, adjacent pairs, base %g, YaRN factor %g over %lld, beta %g to %g, no magnitude scale |\n",
+        " |\n| RoPE | last %d channels, adjacent pairs, base %g, YaRN factor %g over %lld, beta %g to %g, no magnitude scale; frequencies (in golden.safetensors) and angles are formed in fp32 |\n",
         g->rope.dim, g->rope.base, g->rope.factor, (long long)g->rope.original_len, g->rope.beta_fast,
         g->rope.beta_slow);
     say(&t,

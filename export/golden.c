@@ -114,14 +114,15 @@ static lsa_status hash_of(char hex[17], const char *dir, lsa_err *err) {
 lsa_status lsa_golden_vectors_write(const lsa_indexer_file *f, const char *dir, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_indexer_geom *g = &f->geom;
-    lsa_st_entry e[LSA_MAX_CSA * PER_LAYER + 3];
+    lsa_st_entry e[LSA_MAX_CSA * PER_LAYER + 4];
     char name[LSA_MAX_CSA * PER_LAYER][64], path[LSA_PATH_MAX], hex[17];
     inputs in[LSA_MAX_CSA] = {{0}};
     stages s[LSA_MAX_CSA] = {{0}};
-    float *z = NULL, score[M * N_KEY], scratch[N_KEY];
+    float *z = NULL, score[M * N_KEY], scratch[N_KEY], freq[64];
     int32_t top[M * TOP];
     lsa_ctx *ctx = NULL;
     int64_t n = 0;
+    lsa_rope_freqs(freq, &g->rope);
     LSA_TRY(lsa_ctx_create(&ctx, "ref", err));
     LSA_TRY(LSA_NEW(z, g->n_layer * M * N_KEY, err));
     for (int32_t l = 0; l < g->n_layer; l++) {
@@ -153,6 +154,7 @@ lsa_status lsa_golden_vectors_write(const lsa_indexer_file *f, const char *dir, 
     combine(score, z, f);
     for (int i = 0; i < M; i++) lsa_topk(score + i * N_KEY, N_KEY, TOP, NULL, 0, scratch, top + i * TOP);
     e[n++] = (lsa_st_entry){"position", LSA_I64, 1, {M}, POSITION};
+    e[n++] = (lsa_st_entry){"freq", LSA_F32, 1, {g->rope.dim / 2}, freq};
     e[n++] = (lsa_st_entry){"score", LSA_F32, 2, {M, N_KEY}, score};
     e[n++] = (lsa_st_entry){"selected", LSA_I32, 2, {M, TOP}, top};
     LSA_TRY(hash_of(hex, dir, err));
