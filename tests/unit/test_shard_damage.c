@@ -138,6 +138,28 @@ static lsa_status read_all(const char *dir) {
 
 /* Bits anywhere in the file, structure included. Nothing may crash or hang, and verify must always refuse. In
  * children, because a crash inside HDF5 would end the test otherwise. */
+/* HDF5's own structures: refused on opening, before HDF5 parses them, wherever the bit lies. */
+static void test_flipped_head(void **state) {
+    (void)state;
+    shard_fixture x = shard_fixture_make("head");
+    lsa_manifest m;
+    lsa_shards *s;
+    shard_fixture_seal(&x);
+    FIX_OK(lsa_manifest_load(&m, x.dir, &fix_err));
+    const int64_t head = m.shard.data[1].head_bytes;
+    assert_true(head > 4096 && head < m.shard.data[1].bytes);
+    for (int64_t at = 0; at < head; at += 997) {
+        flip(shard_fixture_path(&x, "shard_00001.h5"), at, 0x04);
+        FIX_REFUSE(lsa_shards_open(&s, x.dir, &fix_err), LSA_E_FORMAT, "HDF5's own structures");
+        FIX_REFUSE(lsa_shards_verify(x.dir, &fix_err), LSA_E_FORMAT, "HDF5's own structures");
+        flip(shard_fixture_path(&x, "shard_00001.h5"), at, 0x04);
+    }
+    FIX_OK(lsa_shards_open(&s, x.dir, &fix_err));
+    lsa_shards_close(s);
+    lsa_manifest_fini(&m);
+    shard_fixture_free(&x);
+}
+
 static void test_flipped_anywhere(void **state) {
     (void)state;
     shard_fixture x = shard_fixture_make("any");
@@ -456,9 +478,9 @@ static int teardown(void **s) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_truncated),        cmocka_unit_test(test_flipped_data),
-        cmocka_unit_test(test_flipped_anywhere), cmocka_unit_test(test_lies),
-        cmocka_unit_test(test_lying_table),      cmocka_unit_test(test_lying_manifest),
-        cmocka_unit_test(test_manifest_text)};
+        cmocka_unit_test(test_truncated),      cmocka_unit_test(test_flipped_data),
+        cmocka_unit_test(test_flipped_head),   cmocka_unit_test(test_flipped_anywhere),
+        cmocka_unit_test(test_lies),           cmocka_unit_test(test_lying_table),
+        cmocka_unit_test(test_lying_manifest), cmocka_unit_test(test_manifest_text)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }
