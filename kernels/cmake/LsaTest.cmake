@@ -1,7 +1,7 @@
 # Tests: every tests/<label>/test_*.c is a cmocka program, every tests/<label>/test_*.{sh,py} a script.
 # The folder's name is the ctest label. Exit code 77 means skipped, with the reason printed.
 set(LSA_TEST_LABELS lint unit ops oracle multiproc e2e fault golden cli gpu bench)
-set(LSA_TEST_TIMEOUT 900)
+set(LSA_TEST_TIMEOUT 1200)
 
 function(lsa_add_tests)
   pkg_check_modules(CMOCKA REQUIRED IMPORTED_TARGET cmocka)
@@ -26,6 +26,9 @@ function(lsa_add_tests)
         add_test(NAME ${name} COMMAND ${LSA_PYTHON} ${f} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
       else()
         add_test(NAME ${name} COMMAND bash ${f} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+      endif()
+      if(name MATCHES "quickstart|bench|gpu")
+        set_tests_properties(${name} PROPERTIES RUN_SERIAL ON) # they use the whole machine
       endif()
       set_tests_properties(${name} PROPERTIES LABELS ${label} SKIP_RETURN_CODE 77 TIMEOUT ${LSA_TEST_TIMEOUT}
         ENVIRONMENT "LSA_BIN=${PROJECT_BINARY_DIR}/bin;LSA_BUILD=${PROJECT_BINARY_DIR};LSA_SRC=${PROJECT_SOURCE_DIR};LSA_PYTHON=${LSA_PYTHON}")
