@@ -5,11 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:-20}
+cores=$(nproc) # before OMP_NUM_THREADS is set: nproc heeds it
 shift || true
 command -v clang >/dev/null || { echo "skipped: no clang"; exit 77; }
 mkdir -p build/fuzz/findings
 cmake --preset fuzz >build/fuzz.configure.log 2>&1 || { cat build/fuzz.configure.log; exit 1; }
-cmake --build --preset fuzz -j "$(nproc)" >build/fuzz.build.log 2>&1 || { tail -n 40 build/fuzz.build.log; exit 1; }
+cmake --build --preset fuzz -j "$cores" >build/fuzz.build.log 2>&1 || { tail -n 40 build/fuzz.build.log; exit 1; }
 base=$PWD/build/fuzz/base
 rm -rf "$base"
 mkdir -p "$base"
@@ -48,5 +49,5 @@ one() {
 }
 export -f one corpus
 export seconds base
-printf '%s\n' "${targets[@]}" | xargs -P "$(nproc)" -I{} bash -c 'set -euo pipefail; one {}'
+printf '%s\n' "${targets[@]}" | xargs -P "$cores" -I{} bash -c 'set -euo pipefail; one {}'
 rm -rf /dev/shm/lsa-fuzz-* /tmp/lsa-fuzz-*
