@@ -24,8 +24,8 @@ bin=build/quickstart/bin
 rm -rf "$out"
 mkdir -p "$out"
 
-step "dump: the teacher reads 32 documents of 8,192 tokens and writes what it attended to"
-$bin/lsa-dump run --teacher $mini/teacher --tokens $mini/train.u16 --needs $mini/train.jsonl --documents 0:32 --out "$out/shards"
+step "dump: the teacher reads 64 documents of 8,192 tokens and writes what it attended to"
+$bin/lsa-dump run --teacher $mini/teacher --tokens $mini/train.u16 --needs $mini/train.jsonl --documents 0:64 --out "$out/shards"
 $bin/lsa-dump verify "$out/shards"
 
 step "train: three joint layers learn which chunks the next 64 tokens will need"
