@@ -126,7 +126,8 @@ void lsa_batch_fini(lsa_batch *b) {
         lsa_free(b->x[l]);
         lsa_free(b->key[l]);
     }
-    void *p[] = {b->position, b->key_base, b->n_cand, b->cand, b->y, b->weight, b->doc, b->start};
+    void *p[] = {b->position, b->key_base, b->n_cand, b->cand,      b->y,
+                 b->weight,   b->doc,      b->start,  b->row_weight};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     memset(b, 0, sizeof *b);
 }
@@ -147,6 +148,7 @@ static lsa_status room_rows(lsa_batch *b, int64_t m, const lsa_indexer_geom *g, 
     ROOM(b->key_base, m);
     ROOM(b->n_cand, m);
     ROOM(b->doc, m);
+    ROOM(b->row_weight, m);
     ROOM(b->start, m);
     b->cap_m = m;
 done:
@@ -276,6 +278,7 @@ static void full_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const lsa_tra
     if (r->loss == LSA_LOSS_KL) {
         double sum = 0;
         for (int64_t c = 0; c < w->n_cand; c++) sum += (double)y[c];
+        b->row_weight[i] = sum > 0 ? r->by_mass ? (float)sum : 1.0f : 0.0f;
         for (int64_t c = 0; c < w->n_cand && sum > 0; c++) y[c] = (float)((double)y[c] / sum);
         return;
     }
@@ -294,6 +297,7 @@ static int64_t sample_kl_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const
     const int64_t k = sample_row(b, i, r, d, w, votes, epoch, pos, neg, &n_pos);
     double sum = 0;
     for (int64_t j = 0; j < k; j++) sum += (double)mass[b->cand[i * b->n + j]];
+    b->row_weight[i] = sum > 0 ? r->by_mass ? (float)sum : 1.0f : 0.0f;
     for (int64_t j = 0; j < k; j++)
         b->y[i * b->n + j] = sum > 0 ? (float)((double)mass[b->cand[i * b->n + j]] / sum) : 0.0f;
     return k;
@@ -361,13 +365,12 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
         lsa_free(neg);
     }
     if (failed) LSA_FAIL(LSA_E_NOMEM, "out of memory while making a batch");
-    b->n_elem = b->n_pair = b->n_row = 0;
+    b->n_elem = b->n_pair = 0;
+    b->row_weights = 0;
     for (int64_t i = 0; i < m; i++) {
         b->n_elem += b->n_cand[i];
         b->n_pair += n_pos[i] * (b->n_cand[i] - n_pos[i]);
-        bool any = false;
-        for (int64_t j = 0; kl && j < b->n_cand[i] && !any; j++) any = b->y[i * b->n + j] > 0.0f;
-        b->n_row += any;
+        if (kl) b->row_weights += (double)b->row_weight[i];
     }
 done:
     lsa_free(doc);

@@ -24,10 +24,11 @@ typedef struct lsa_batch {
     int64_t *position, *key_base; /* [m] */
     int32_t *n_cand, *cand;       /* [m]; [m, n] if has_cand, else chunks 0..n_cand-1 */
     bool has_cand;
-    float *y, *weight;              /* [m, n]: labels or target mass; weights (pointwise losses) */
-    int64_t n_elem, n_pair;         /* candidates in all; positive-negative pairs in all */
-    int64_t n_row;                  /* rows with a target (kl) */
-    int64_t *doc, *start;           /* [m], for messages and traces */
+    float *y, *weight;      /* [m, n]: labels or target mass; weights (pointwise losses) */
+    int64_t n_elem, n_pair; /* candidates in all; positive-negative pairs in all */
+    float *row_weight;      /* [m] kl: 0 without a target, else 1, or the window's mass with loss.by_mass */
+    double row_weights;     /* their sum */
+    int64_t *doc, *start;   /* [m], for messages and traces */
     int64_t cap_m, cap_mn, cap_key; /* room */
 } lsa_batch;
 void lsa_batch_fini(lsa_batch *b);

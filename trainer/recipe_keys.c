@@ -57,6 +57,8 @@ const lsa_key lsa_recipe_keys[] = {
     PICK("loss.on", ensemble, "sum", "sum|layer",
          "loss on the sum of the layers' logits, or mean of the layers' losses"),
     BOOL("loss.weighted", weighted, "false", "weight positives by votes"),
+    BOOL("loss.by_mass", by_mass, "false",
+         "kl: a window counts by the mass it has on its candidates, as captured mass counts it"),
     BOOL("loss.trivial", trivial, "false",
          "weight 0.5 for chunks golden in over 80 % of a document's tokens"),
     F64("loss.smoothing", smoothing, "0", 0, 0.49, "label smoothing of bce and focal"),

@@ -23,7 +23,7 @@ typedef struct lsa_recipe {
     double neg_ratio;
     bool exclude_resident, causal;
     int64_t loss, target, ensemble;
-    bool weighted, trivial;
+    bool weighted, trivial, by_mass;
     double smoothing, margin;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
     int64_t warmup, schedule;

@@ -23,7 +23,7 @@ struct lsa_trainer {
     uint8_t *key[LSA_MAX_CSA];
     int64_t *position, *key_base;
     int32_t *n_cand, *cand;
-    float *y, *weight, *z, *dz, *dq, *dw, *du;
+    float *y, *weight, *row_weight, *z, *dz, *dq, *dw, *du;
     double *row_loss, *norm;
     double *host_loss;
 };
@@ -74,8 +74,9 @@ void lsa_trainer_destroy(lsa_trainer *t) {
         void *p[] = {t->x[l], t->act[l].a, t->act[l].rstd, t->act[l].u, t->act[l].q, t->act[l].w, t->key[l]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     }
-    void *p[] = {t->p,    t->grad, t->m,      t->v, t->freq, t->norm, t->position, t->key_base, t->n_cand,
-                 t->cand, t->y,    t->weight, t->z, t->dz,   t->dq,   t->dw,       t->du,       t->row_loss};
+    void *p[] = {t->p,        t->grad,   t->m,          t->v,    t->freq,    t->norm,   t->position,
+                 t->key_base, t->n_cand, t->row_weight, t->cand, t->y,       t->weight, t->z,
+                 t->dz,       t->dq,     t->dw,         t->du,   t->row_loss};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     lsa_free(t->host_loss);
     lsa_free(t);
@@ -117,6 +118,7 @@ static lsa_status room(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
         ROOM(t->position, m);
         ROOM(t->key_base, m);
         ROOM(t->n_cand, m);
+        ROOM(t->row_weight, m);
         ROOM(t->dq, m * H * 128);
         ROOM(t->dw, m * H);
         ROOM(t->du, m * r);
@@ -180,10 +182,11 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
     const lsa_recipe *r = t->r;
     switch (r->loss) {
     case LSA_LOSS_KL:
-        LSA_TRY(lsa_loss_kl(t->ctx,
-                            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (double)lsa_max_i64(1, b->n_row)),
-                                                t->z, t->y, NULL, t->n_cand, t->dz, t->row_loss},
-                            err));
+        LSA_TRY(lsa_loss_kl(
+            t->ctx,
+            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (b->row_weights > 0 ? b->row_weights : 1.0)), t->z,
+                                t->y, r->by_mass ? t->row_weight : NULL, t->n_cand, t->dz, t->row_loss},
+            err));
         break;
     case LSA_LOSS_BCE:
     case LSA_LOSS_FOCAL:
@@ -248,6 +251,9 @@ lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batc
     *out = (lsa_step_result){.lr = lsa_lr(t->r, step)};
     LSA_TRY(upload_queries(t, b, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->y, b->y, (size_t)(b->m * b->n) * sizeof *b->y, err));
+    if (t->r->loss == LSA_LOSS_KL && t->r->by_mass)
+        LSA_TRY(
+            lsa_ctx_upload(t->ctx, t->row_weight, b->row_weight, (size_t)b->m * sizeof *b->row_weight, err));
     if (t->r->loss != LSA_LOSS_KL)
         LSA_TRY(lsa_ctx_upload(t->ctx, t->weight, b->weight, (size_t)(b->m * b->n) * sizeof *b->weight, err));
     for (int32_t l = 0; l < L; l++) LSA_TRY(query(t, b, l, err));

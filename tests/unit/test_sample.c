@@ -97,8 +97,27 @@ static void test_lookahead_kl(void **state) {
                              (long long)c);
             }
         }
-        assert_int_equal(x.b.n_row, 7);
+        assert_true(x.b.row_weights == 7);
     }
+    close_bench(&x);
+}
+
+/* loss.by_mass: a window's weight is the mass that its target was divided by. */
+static void test_by_mass(void **state) {
+    (void)state;
+    bench x;
+    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], "loss.by_mass=true"};
+    open_bench(&x, 64, set, 4);
+    double sum = 0;
+    next(&x);
+    for (int64_t i = 0; i < x.b.m; i++) {
+        double total = 0;
+        for (int64_t c = 0; c < x.b.n_cand[i]; c++)
+            total += hand_mass(x.b.doc[i], x.b.start[i], x.b.start[i] + 64, c);
+        assert_true(total > 0 && fabs((double)x.b.row_weight[i] - total) <= 1e-5 * total);
+        sum += (double)x.b.row_weight[i];
+    }
+    assert_true(fabs(x.b.row_weights - sum) <= 1e-9 * sum);
     close_bench(&x);
 }
 
@@ -309,6 +328,7 @@ static void test_nothing_to_train_on(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lookahead_kl),
+        cmocka_unit_test(test_by_mass),
         cmocka_unit_test(test_lookahead_votes),
         cmocka_unit_test(test_lookahead_sampled),
         cmocka_unit_test(test_reference),
