@@ -41,4 +41,4 @@ $bin/lsa-decode validate --teacher $mini/teacher --tokens $mini/val.u16 --needs 
     --tau 64 --tail 256 --report "$out/report"
 
 step "done"
-echo "report: $PWD/$out/report/report.html"
+echo "report: $(realpath "$out/report/report.html")"
