@@ -23,8 +23,7 @@
 #define FORMAT   "lsa-ckpt/1"
 #define MAX_STEP 99999999
 
-/* ---- geometry
- * ---------------------------------------------------------------------------------------------- */
+/* ---- geometry ---- */
 
 lsa_status lsa_geom_to_json(json_t **out, const lsa_indexer_geom *g, lsa_err *err) {
     json_t *layers = json_array();
@@ -83,8 +82,7 @@ done:
     return st;
 }
 
-/* ---- names
- * -------------------------------------------------------------------------------------------------- */
+/* ---- names ---- */
 
 /* "step_" and at least 8 digits; the number is *step. */
 static bool is_step_name(const char *s, int64_t *step) {
@@ -182,8 +180,7 @@ done:
     return st;
 }
 
-/* ---- cleaning
- * ------------------------------------------------------------------------------------------------ */
+/* ---- cleaning ---- */
 
 static int by_step(const void *a, const void *b) {
     int64_t x, y;
@@ -234,8 +231,7 @@ done:
     return st;
 }
 
-/* ---- saving
- * -------------------------------------------------------------------------------------------------- */
+/* ---- saving ---- */
 
 static lsa_status check_finite(const float *p, const lsa_indexer_geom *g, const char *what, lsa_err *err) {
     for (int32_t l = 0; l < g->n_layer; l++)
@@ -383,8 +379,7 @@ done:
     return st;
 }
 
-/* ---- loading
- * ------------------------------------------------------------------------------------------------- */
+/* ---- loading ---- */
 
 static lsa_status check_file(const json_t *files, const char *dir, const char *name, lsa_err *err) {
     lsa_status st = LSA_OK;

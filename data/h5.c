@@ -76,8 +76,7 @@ static const char *h5_text(char buf[160]) {
     return buf;
 }
 
-/* ---- writer
- * ------------------------------------------------------------------------------------------------ */
+/* ---- writer ---- */
 
 struct lsa_h5_writer {
     hid_t file;
@@ -214,8 +213,7 @@ lsa_status lsa_h5_finish(lsa_h5_writer *w, lsa_err *err) {
     return st;
 }
 
-/* ---- reader
- * ------------------------------------------------------------------------------------------------ */
+/* ---- reader ---- */
 
 struct lsa_h5_reader {
     hid_t file;
@@ -363,8 +361,7 @@ lsa_status lsa_h5_get_str(char *buf, size_t n, lsa_h5_reader *r, const char *nam
     return LSA_OK;
 }
 
-/* ---- walking
- * ----------------------------------------------------------------------------------------------- */
+/* ---- walking ---- */
 
 lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes, int64_t *offset,
                            uint64_t *xxh64, lsa_err *err) {

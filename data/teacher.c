@@ -26,8 +26,7 @@ struct lsa_teacher {
     lsa_st *file[MAX_FILES];
 };
 
-/* ---- names
- * ------------------------------------------------------------------------------------------------- */
+/* ---- names ---- */
 
 /* Original suffix (after "layers.N.") -> transformers module suffix. Prefix matches end at '*'. */
 static const char *const layer_map[][2] = {
@@ -151,8 +150,7 @@ bool lsa_teacher_has(const lsa_teacher *t, const char *name) {
     return find(t, name) || find_stacked(&view, t, name);
 }
 
-/* ---- values
- * ------------------------------------------------------------------------------------------------ */
+/* ---- values ---- */
 
 static float scale_at(const lsa_st_tensor *s, int64_t i) {
     const unsigned char *p = s->data;
@@ -255,8 +253,7 @@ lsa_status lsa_teacher_i64(int64_t *dst, const lsa_teacher *t, const char *name,
     return LSA_OK;
 }
 
-/* ---- opening
- * ----------------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 static lsa_status add_file(lsa_teacher *t, const char *dir, const char *file, lsa_err *err) {
     char path[LSA_PATH_MAX];

@@ -38,8 +38,7 @@ void lsa_window_mass(float *mass, const lsa_full_run *f, int64_t s, int64_t e, i
         }
 }
 
-/* ---- logits
- * ------------------------------------------------------------------------------------------------ */
+/* ---- logits ---- */
 
 static int32_t arg_max(const float *l, int64_t n) {
     int32_t best = 0;
@@ -100,8 +99,7 @@ static void keep_logits(lsa_full_run *f, lsa_result *r, const float *logits, int
     r->n_kl += f->logp ? m : 0;
 }
 
-/* ---- the run
- * ----------------------------------------------------------------------------------------------- */
+/* ---- the run ---- */
 
 static lsa_status make_room(lsa_full_run *f, bool logits, lsa_err *err) {
     lsa_status st = LSA_OK;

@@ -56,8 +56,7 @@ static void head(page *p, const lsa_chart *c, int w, int h) {
         c->title, c->note, c->id, w, h, c->title);
 }
 
-/* ---- bars: one budget
- * -------------------------------------------------------------------------------------- */
+/* ---- bars: one budget ---- */
 
 enum { W = 480, H = 310, ROW = 26 };
 
@@ -100,8 +99,7 @@ static void bars(page *p, const json_t *rows, const lsa_chart *c) {
     say(p, "</svg></figure>\n");
 }
 
-/* ---- lines: several budgets
- * -------------------------------------------------------------------------------- */
+/* ---- lines: several budgets ---- */
 
 enum { L = 52, R = 92, T = 14, B = 44 };
 
@@ -265,8 +263,7 @@ void lsa_svg_chart(page *p, const json_t *rows, const lsa_chart *c) {
         bars(p, rows, c);
 }
 
-/* ---- memory
- * ------------------------------------------------------------------------------------------------ */
+/* ---- memory ---- */
 
 void lsa_svg_memory(page *p, const json_t *rows) {
     enum { LEFT = 110, RIGHT = 132, MAX = LSA_MAX_BUDGET + 1 };
@@ -313,8 +310,7 @@ void lsa_svg_memory(page *p, const json_t *rows) {
     say(p, "</svg></figure>\n");
 }
 
-/* ---- heat map
- * ---------------------------------------------------------------------------------------------- */
+/* ---- heat map ---- */
 
 enum { HX = 52, HY = 10, HW = 412, HH = 300, LEVELS = 8 };
 

@@ -14,8 +14,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/topk.h"
 
-/* ---- memory
- * ------------------------------------------------------------------------------------------------ */
+/* ---- memory ---- */
 
 static void ws_free(workspace *w) {
     void *p[] = {w->z,     w->xp, w->qr, w->qq, w->tile, w->logit, w->select, w->sel, w->score, w->mass,
@@ -164,8 +163,7 @@ const float *lsa_session_hidden(const lsa_session *s, lsa_csa_ord ord) {
     return s->layer[s->e->c.csa_id[ord.v].v].hidden;
 }
 
-/* ---- the pieces of a layer
- * --------------------------------------------------------------------------------- */
+/* ---- the pieces of a layer ---- */
 
 /* Region "project": tokens [t0, t0+n) of the call. */
 static void project(lsa_session *s, int32_t l, int64_t t0, int64_t n, bool last, workspace *ws) {
@@ -350,8 +348,7 @@ static void attend(lsa_session *s, int32_t l, const int32_t *token, int64_t t0, 
     lsa_mhc_expand(e, coef, ws->y, n, X);
 }
 
-/* ---- the call
- * ---------------------------------------------------------------------------------------------- */
+/* ---- the call ---- */
 
 static void start_tokens(lsa_session *s, const int32_t *token, int64_t t0, int64_t n) {
     const lsa_engine *e = s->e;

@@ -22,8 +22,7 @@ void lsa_validation_fini(lsa_validation *v) {
     memset(v, 0, sizeof *v);
 }
 
-/* ---- one document under one policy
- * ------------------------------------------------------------------------- */
+/* ---- one document under one policy ---- */
 
 typedef struct job {
     lsa_result r;
@@ -202,8 +201,7 @@ done:
     return st;
 }
 
-/* ---- a group of documents
- * ---------------------------------------------------------------------------------- */
+/* ---- a group of documents ---- */
 
 static void add(lsa_result *a, const lsa_result *b) {
     a->documents++;
@@ -335,8 +333,7 @@ done:
     return st;
 }
 
-/* ---- the whole
- * --------------------------------------------------------------------------------------------- */
+/* ---- the whole ---- */
 
 static lsa_status make_untrained(lsa_indexer_file *f, const lsa_indexer_file *like,
                                  const lsa_teacher_config *c, uint64_t seed, lsa_err *err) {

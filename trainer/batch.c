@@ -9,8 +9,7 @@
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
 
-/* ---- order
- * ------------------------------------------------------------------------------------------------- */
+/* ---- order ---- */
 
 struct lsa_order {
     const lsa_recipe *r;
@@ -118,8 +117,7 @@ lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_curso
     return LSA_OK;
 }
 
-/* ---- arrays
- * ------------------------------------------------------------------------------------------------ */
+/* ---- arrays ---- */
 
 void lsa_batch_fini(lsa_batch *b) {
     for (int32_t l = 0; l < LSA_MAX_CSA; l++) {
@@ -216,8 +214,7 @@ done:
     return st;
 }
 
-/* ---- labels
- * ------------------------------------------------------------------------------------------------ */
+/* ---- labels ---- */
 
 static float positive_weight(const lsa_recipe *r, const lsa_train_doc *d, int32_t chunk, uint8_t votes) {
     if ((r->trivial || r->mode == LSA_MODE_REFERENCE) && d->trivial && d->trivial[chunk]) return 0.5f;

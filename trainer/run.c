@@ -42,8 +42,7 @@ typedef struct run {
     int64_t loss_n;
 } run;
 
-/* ---- geometry
- * ---------------------------------------------------------------------------------------------- */
+/* ---- geometry ---- */
 
 static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_shards_info *f,
                             lsa_err *err) {
@@ -88,8 +87,7 @@ static lsa_status shards_info(lsa_shards_info *f, const char *data, lsa_err *err
     return st;
 }
 
-/* ---- state
- * ------------------------------------------------------------------------------------------------- */
+/* ---- state ---- */
 
 static json_t *state_json(const run *x) {
     char hash[17], teacher[17];
@@ -148,8 +146,7 @@ done:
     return st;
 }
 
-/* ---- opening
- * ----------------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 static lsa_status open_run(run *x, const char *device, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -208,8 +205,7 @@ static void run_fini(run *x) {
     json_decref(x->last_eval);
 }
 
-/* ---- reports
- * ----------------------------------------------------------------------------------------------- */
+/* ---- reports ---- */
 
 static void report_step(run *x, const lsa_step_result *s, double windows_per_s) {
     const double loss = x->loss_n ? x->loss_sum / (double)x->loss_n : (double)NAN;
@@ -264,8 +260,7 @@ done:
     return st;
 }
 
-/* ---- the loop
- * ---------------------------------------------------------------------------------------------- */
+/* ---- the loop ---- */
 
 static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
     lsa_status st = LSA_OK;

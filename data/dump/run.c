@@ -30,8 +30,7 @@ lsa_dump_opts lsa_dump_defaults(void) {
                            .shard_bytes = INT64_C(256) << 20};
 }
 
-/* ---- options <-> manifest
- * ---------------------------------------------------------------------------------- */
+/* ---- options <-> manifest ---- */
 
 static json_t *opts_to_json(const lsa_dump_opts *o, const char *const path[3], uint64_t docs_hash,
                             int64_t n_doc) {
@@ -112,8 +111,7 @@ done:
     return st;
 }
 
-/* ---- plan
- * -------------------------------------------------------------------------------------------------- */
+/* ---- plan ---- */
 
 static void fill_plan(lsa_dump_plan *p, const lsa_docs *d, const lsa_teacher_config *c,
                       const lsa_dump_rule *r) {
@@ -172,8 +170,7 @@ done:
     return st;
 }
 
-/* ---- the loop
- * ---------------------------------------------------------------------------------------------- */
+/* ---- the loop ---- */
 
 typedef struct dump {
     const lsa_dump_opts *o;

@@ -14,8 +14,7 @@
 
 enum { MAX_KEY = 96, MAX_SECTION = 16 };
 
-/* ---- one value
- * --------------------------------------------------------------------------------------------- */
+/* ---- one value ---- */
 
 static lsa_status bad(const lsa_key *k, const char *v, const char *want, const char *where, lsa_err *err) {
     LSA_RET_FAIL(LSA_E_CONFIG, "%s: %s must be %s, found '%.80s'", where, k->name, want, v);
@@ -109,8 +108,7 @@ static void get_value(char *buf, size_t n, const void *recipe, const lsa_key *k)
     }
 }
 
-/* ---- names
- * ------------------------------------------------------------------------------------------------- */
+/* ---- names ---- */
 
 static const lsa_key *find_key(const lsa_key *keys, int n, const char *name) {
     for (int i = 0; i < n; i++)
@@ -144,8 +142,7 @@ static lsa_status unknown_key(const lsa_key *keys, int n, const char *name, cons
                  where, name, keys[best].name);
 }
 
-/* ---- YAML
- * -------------------------------------------------------------------------------------------------- */
+/* ---- YAML ---- */
 
 typedef struct yaml_schema {
     cyaml_schema_field_t top[MAX_SECTION + 1], field[MAX_SECTION][MAX_KEY + 1];

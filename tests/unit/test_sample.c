@@ -17,8 +17,7 @@
 
 static char g_dir[64];
 
-/* ---- what a test works with
- * -------------------------------------------------------------------------------- */
+/* ---- what a test works with ---- */
 
 typedef struct bench {
     lsa_recipe r;
@@ -60,8 +59,7 @@ static const char *const REFERENCE[] = {
     "train.batch=9",         "sample.max_pos=12",   "sample.neg_ratio=2"};
 enum { N_REF = sizeof REFERENCE / sizeof *REFERENCE };
 
-/* ---- lookahead
- * ----------------------------------------------------------------------------------------------- */
+/* ---- lookahead ---- */
 
 /* The query of window [s, s+64) is token s-1; candidates end where the tail begins; the target is the
  * normalised mass. */
@@ -157,8 +155,7 @@ static void test_lookahead_votes(void **state) {
     }
 }
 
-/* ---- sampling
- * -------------------------------------------------------------------------------------------------- */
+/* ---- sampling ---- */
 
 static void check_sampled(const bench *x, int64_t tau, bool reference) {
     int64_t pairs = 0;
@@ -237,8 +234,7 @@ static void test_reference(void **state) {
     close_bench(&x);
 }
 
-/* ---- order
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- order ---- */
 
 /* An epoch asks every window once; epochs differ; document order keeps documents together. */
 static void test_epochs(void **state) {

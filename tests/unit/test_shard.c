@@ -17,8 +17,7 @@
 #include "kernels/core/log.h"
 #include "tests/testkit/shard_fixture.h"
 
-/* ---- round trip
- * -------------------------------------------------------------------------------------------- */
+/* ---- round trip ---- */
 
 static void same_csr(const lsa_csr *a, const lsa_csr *b) {
     const size_t n = (size_t)b->n_entry;
@@ -154,8 +153,7 @@ static void test_equal_bytes(void **state) {
     shard_fixture_free(&x);
 }
 
-/* ---- disk full
- * --------------------------------------------------------------------------------------------- */
+/* ---- disk full ---- */
 
 /* Under every limit the seal fails as "no space" and leaves neither the file nor a temporary; the shard
  * before stays. */

@@ -20,8 +20,7 @@
 #include "kernels/core/rng.h"
 #include "tests/testkit/shard_fixture.h"
 
-/* ---- damage
- * ------------------------------------------------------------------------------------------------ */
+/* ---- damage ---- */
 
 static void flip(const char *path, int64_t at, uint8_t mask) {
     int fd = open(path, O_RDWR | O_CLOEXEC);
@@ -194,8 +193,7 @@ static void test_flipped_anywhere(void **state) {
     shard_fixture_free(&x);
 }
 
-/* ---- lies: hashes fit, content does not
- * -------------------------------------------------------------------- */
+/* ---- lies: hashes fit, content does not ---- */
 
 static void late_label(shard_fixture *x) { /* a chunk that exists but is not visible to its row */
     x->d[0].labels.chunk[x->d[0].labels.begin[30] - 1] = 9;
