@@ -62,6 +62,8 @@ static lsa_status set_value(void *recipe, const lsa_key *k, const char *v, const
         return bad(k, v, want, where, err);
     }
     case LSA_KEY_TEXT:
+        for (const char *c = v; *c; c++) /* what YAML could fold or break when it is written out again */
+            if (*c < 0x20 || *c > 0x7e) return bad(k, v, "printable ASCII", where, err);
         if (strlen(v) >= LSA_KEY_TEXT_MAX) return bad(k, v, "shorter than 128 characters", where, err);
         snprintf(dst, LSA_KEY_TEXT_MAX, "%s", v);
         return LSA_OK;
@@ -293,10 +295,28 @@ done:
     return st;
 }
 
+/* YAML text in place: plain where nothing in it could mean something, else in single quotes, with those
+ * inside doubled. */
+static void quote(char *text, size_t n) {
+    char out[2 * LSA_KEY_TEXT_MAX + 3];
+    size_t at = 0;
+    if (*text &&
+        strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./") == strlen(text))
+        return;
+    out[at++] = '\'';
+    for (const char *c = text; *c && at + 4 < sizeof out; c++) {
+        if (*c == '\'') out[at++] = '\'';
+        out[at++] = *c;
+    }
+    out[at++] = '\'';
+    out[at] = 0;
+    snprintf(text, n, "%s", out);
+}
+
 lsa_status lsa_recipe_text(char **out, const void *recipe, const lsa_key *keys, int n, bool help,
                            lsa_err *err) {
     const int64_t cap = (int64_t)n * 512 + 1;
-    char *t = NULL, value[192], range[192];
+    char *t = NULL, value[2 * LSA_KEY_TEXT_MAX + 3], range[192];
     size_t at = 0;
     *out = NULL;
     lsa_status st = lsa_alloc_((void **)&t, cap, 1, "recipe text", err);
@@ -308,11 +328,7 @@ lsa_status lsa_recipe_text(char **out, const void *recipe, const lsa_key *keys, 
         if (i == 0 || strncmp(keys[i - 1].name, k->name, len + 1))
             at += (size_t)snprintf(t + at, (size_t)cap - at, "%s%.*s:\n", i ? "\n" : "", (int)len, k->name);
         get_value(value, sizeof value, recipe, k);
-        if (k->type == LSA_KEY_TEXT && (!*value || strpbrk(value, ":#,[]{}"))) {
-            char quoted[192];
-            snprintf(quoted, sizeof quoted, "\"%.180s\"", value);
-            memcpy(value, quoted, sizeof value);
-        }
+        if (k->type == LSA_KEY_TEXT) quote(value, sizeof value);
         at += (size_t)snprintf(t + at, (size_t)cap - at, "  %s: %s", dot + 1, value);
         if (help) {
             if (k->type == LSA_KEY_CHOICE)
@@ -334,7 +350,7 @@ lsa_status lsa_recipe_text(char **out, const void *recipe, const lsa_key *keys, 
 
 json_t *lsa_recipe_json(const void *recipe, const lsa_key *keys, int n) {
     json_t *o = json_object();
-    char value[192];
+    char value[2 * LSA_KEY_TEXT_MAX + 3];
     for (int i = 0; i < n; i++) {
         get_value(value, sizeof value, recipe, &keys[i]);
         json_object_set_new(o, keys[i].name, json_string(value));

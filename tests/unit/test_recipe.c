@@ -121,6 +121,32 @@ static void test_round_trip(void **s) {
     json_decref(o);
 }
 
+/* Found by fuzzing: text that means something in YAML, or cannot be written in one line of it. */
+static void test_awkward_text(void **state) {
+    (void)state;
+    static const char *const text[] = {"99:\\", "it's", "'",   "''",     " a ",   "# no comment", "~",
+                                       "null",  "...",  "---", "{a: b}", "\"q\"", "a: b",         "%x",
+                                       "&a",    "*a",   "!t",  "|",      "-",     "x\\n"};
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) {
+        lsa_recipe a, b;
+        lsa_err err = {0};
+        char set[64], *yaml = NULL;
+        snprintf(set, sizeof set, "train.trace=%s", text[i]);
+        const char *const sets[] = {set};
+        if (lsa_recipe_load(&a, lsa_recipe_keys, lsa_recipe_n_key, NULL, sets, 1, &err) != LSA_OK ||
+            lsa_recipe_text(&yaml, &a, lsa_recipe_keys, lsa_recipe_n_key, i % 2, &err) != LSA_OK ||
+            lsa_recipe_parse(&b, lsa_recipe_keys, lsa_recipe_n_key, yaml, strlen(yaml), "again", &err) !=
+                LSA_OK)
+            fail_msg("%s: %s", text[i], err.msg);
+        assert_string_equal(b.trace, text[i]);
+        lsa_free(yaml);
+    }
+    const char *const newline[] = {"train.trace=a\nb"};
+    lsa_recipe r;
+    assert_int_equal(lsa_recipe_load(&r, lsa_recipe_keys, lsa_recipe_n_key, NULL, newline, 1, NULL),
+                     LSA_E_CONFIG);
+}
+
 static void test_shipped_recipes(void **s) {
     (void)s;
     glob_t g;
@@ -151,7 +177,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_defaults_and_values), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_overrides),           cmocka_unit_test(test_round_trip),
-        cmocka_unit_test(test_shipped_recipes),     cmocka_unit_test(test_checks_across_keys),
+        cmocka_unit_test(test_awkward_text),        cmocka_unit_test(test_shipped_recipes),
+        cmocka_unit_test(test_checks_across_keys),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
