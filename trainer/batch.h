@@ -17,6 +17,15 @@ int64_t lsa_order_epoch_windows(const lsa_order *o);
 LSA_NODISCARD lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_cursor *c,
                                         lsa_err *err);
 
+/* Groups of an epoch: documents in memory together (train.pool_mib); group of the cursor's index, number of
+ * groups, documents. The list is borrowed until the order moves to another epoch. */
+int64_t lsa_order_group(const lsa_order *o, int64_t index);
+int64_t lsa_order_groups(lsa_order *o, int64_t epoch);
+int64_t lsa_order_group_docs(lsa_order *o, int64_t epoch, int64_t g, const int64_t **doc);
+
+/* Loss weight of a positive with these votes (notes 7.2). */
+float lsa_positive_weight(const lsa_recipe *r, const lsa_train_doc *d, int32_t chunk, uint8_t votes);
+
 typedef struct lsa_batch {
     int64_t m, n, n_key;          /* windows, columns of y, rows of the key pool */
     float *x[LSA_MAX_CSA];        /* [m, d] per joint layer */
@@ -26,6 +35,7 @@ typedef struct lsa_batch {
     bool has_cand;
     float *y, *weight;      /* [m, n]: labels or target mass; weights (pointwise losses) */
     int64_t n_elem, n_pair; /* candidates in all; positive-negative pairs in all */
+    int64_t n_balanced;     /* positives in all */
     float *row_weight;      /* [m] kl: 0 without a target, else 1, or the window's mass with loss.by_mass */
     double row_weights;     /* their sum */
     int64_t *doc, *start;   /* [m], for messages and traces */

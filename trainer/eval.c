@@ -29,44 +29,50 @@ static float sigmoid(float z) {
     return 1.0f / (1.0f + expf(-z));
 }
 
+void lsa_scores_window(lsa_scores *s, const lsa_window_scores *w) {
+    s->n_window++;
+    s->n_cand += w->n_cand;
+    s->tp += w->tp;
+    s->fp += w->have - w->tp;
+    s->fn += w->n_pos - w->tp;
+    s->hit_k += w->hit_k;
+    s->n_pos += w->n_pos;
+    if (w->n_pos) {
+        const double precision = w->have ? (double)w->tp / (double)w->have : 0,
+                     recall = (double)w->tp / (double)w->n_pos;
+        s->macro_recall_k += (double)w->hit_k / (double)w->n_pos;
+        s->macro_p += precision;
+        s->macro_r += recall;
+        s->macro_f1 += w->tp ? 2 * precision * recall / (precision + recall) : 0;
+        s->n_macro++;
+    }
+    s->total_mass += w->total_mass;
+    for (int b = 0; b <= LSA_EVAL_BUDGETS; b++) s->captured[b] += w->captured[b];
+}
+
+double lsa_eval_budget(const lsa_recipe *r, int b) {
+    return b < LSA_EVAL_BUDGETS ? lsa_eval_budgets[b] : r->budget;
+}
+
 /* Counts one window under one score. prob: compared with the threshold; rank: orders the top-k. */
 static void count(lsa_scores *s, const float *prob, const float *rank, const uint8_t *votes,
                   const float *mass, int64_t n, const lsa_recipe *r, float *scratch, int32_t *sel) {
-    int64_t pos = 0, tp = 0, fp = 0;
-    s->n_window++;
-    s->n_cand += n;
+    lsa_window_scores w = {.n_cand = n};
     for (int64_t c = 0; c < n; c++) {
         const bool want = votes[c] > 0, have = prob[c] >= (float)r->threshold;
-        pos += want;
-        tp += want && have;
-        fp += !want && have;
+        w.n_pos += want;
+        w.have += have;
+        w.tp += want && have;
+        if (mass) w.total_mass += (double)mass[c];
     }
-    s->tp += tp;
-    s->fp += fp;
-    s->fn += pos - tp;
     const int64_t k = lsa_topk(rank, n, r->topk, NULL, 0, scratch, sel);
-    int64_t hit = 0;
-    for (int64_t i = 0; i < k; i++) hit += votes[sel[i]] > 0;
-    s->hit_k += hit;
-    s->n_pos += pos;
-    if (pos) {
-        const double precision = tp + fp ? (double)tp / (double)(tp + fp) : 0,
-                     recall = (double)tp / (double)pos;
-        s->macro_recall_k += (double)hit / (double)pos;
-        s->macro_p += precision;
-        s->macro_r += recall;
-        s->macro_f1 += tp ? 2 * precision * recall / (precision + recall) : 0;
-        s->n_macro++;
+    for (int64_t i = 0; i < k; i++) w.hit_k += votes[sel[i]] > 0;
+    for (int b = 0; mass && b <= LSA_EVAL_BUDGETS; b++) {
+        const int64_t kept =
+            lsa_topk(rank, n, lsa_budget_chunks(lsa_eval_budget(r, b), n), NULL, 0, scratch, sel);
+        for (int64_t i = 0; i < kept; i++) w.captured[b] += (double)mass[sel[i]];
     }
-    if (!mass) return;
-    double total = 0;
-    for (int64_t c = 0; c < n; c++) total += (double)mass[c];
-    s->total_mass += total;
-    for (int b = 0; b <= LSA_EVAL_BUDGETS; b++) {
-        const double budget = b < LSA_EVAL_BUDGETS ? lsa_eval_budgets[b] : r->budget;
-        const int64_t kept = lsa_topk(rank, n, lsa_budget_chunks(budget, n), NULL, 0, scratch, sel);
-        for (int64_t i = 0; i < kept; i++) s->captured[b] += (double)mass[sel[i]];
-    }
+    lsa_scores_window(s, &w);
 }
 
 static void add(lsa_scores *a, const lsa_scores *b) {
@@ -155,12 +161,7 @@ done:
     return st;
 }
 
-lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
-                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    lsa_batch b = {0};
-    float *z = NULL;
-    int64_t cap = 0;
+void lsa_eval_begin(lsa_eval *e, const lsa_source *s, const lsa_indexer_geom *g) {
     memset(e, 0, sizeof *e);
     e->n = g->n_layer + 3;
     e->has_mass = lsa_shards_get_info(lsa_source_shards(s))->has_stats;
@@ -169,6 +170,21 @@ lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_re
     snprintf(e->row[g->n_layer].name, 16, "mean");
     snprintf(e->row[g->n_layer + 1].name, 16, "max");
     snprintf(e->row[g->n_layer + 2].name, 16, "sum");
+}
+
+int lsa_eval_bin(int64_t n_token) {
+    int bin = 0;
+    while (n_token > lsa_eval_lengths[bin]) bin++;
+    return bin;
+}
+
+lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
+                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_batch b = {0};
+    float *z = NULL;
+    int64_t cap = 0;
+    lsa_eval_begin(e, s, g);
     for (int64_t doc = first; doc < last; doc++) {
         int64_t n_window;
         const lsa_train_doc *d;
@@ -185,9 +201,7 @@ lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_re
             }
             LSA_TRY(lsa_trainer_score(t, &b, z, err));
             LSA_TRY(lsa_source_get(&d, s, doc, err));
-            int bin = 0;
-            while (d->info.n_token > lsa_eval_lengths[bin]) bin++;
-            LSA_TRY(group_scores(e, bin, &b, d, s, r, w, z, err));
+            LSA_TRY(group_scores(e, lsa_eval_bin(d->info.n_token), &b, d, s, r, w, z, err));
         }
     }
 done:

@@ -16,6 +16,13 @@ typedef struct lsa_scores {
     int64_t n_macro;
     double captured[LSA_EVAL_BUDGETS + 1], total_mass; /* summed; last: the recipe's budget */
 } lsa_scores;
+/* One window under one score: golden chunks (n_pos), chunks at or above the threshold (have), both (tp),
+ * golden ones in the top K. */
+typedef struct lsa_window_scores {
+    int64_t n_cand, n_pos, have, tp, hit_k;
+    double captured[LSA_EVAL_BUDGETS + 1], total_mass;
+} lsa_window_scores;
+void lsa_scores_window(lsa_scores *s, const lsa_window_scores *w);
 double lsa_precision(const lsa_scores *s);
 double lsa_recall(const lsa_scores *s);
 double lsa_f1(const lsa_scores *s);
@@ -26,6 +33,11 @@ typedef struct lsa_eval {
     lsa_scores by_length[LSA_EVAL_LENGTHS]; /* of the sum ensemble */
     bool has_mass;
 } lsa_eval;
+
+double lsa_eval_budget(const lsa_recipe *r, int b); /* b of lsa_scores.captured */
+void lsa_eval_begin(lsa_eval *e, const lsa_source *s,
+                    const lsa_indexer_geom *g); /* rows named, nothing counted */
+int lsa_eval_bin(int64_t n_token);              /* index of by_length */
 
 /* Documents [first, last) of the source. Candidates are the evictable chunks if the recipe excludes resident
  * ones. */

@@ -2,10 +2,12 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "data/h5.h"
 #include "kernels/core/cli.h"
 #include "kernels/core/mem.h"
+#include "trainer/bench.h"
 #include "trainer/run.h"
 
 static const char *const DEVICE_HELP = "where to train: auto, cpu, cuda, cuda:N or ref (default auto)";
@@ -86,10 +88,68 @@ static lsa_status cmd_config(int argc, char **argv, lsa_err *err) {
     return st;
 }
 
+/* One case with the shape's options; or, without --case, the published recipe at three batch sizes, all
+ * candidates, and evaluation. */
+static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const char *device = "cuda", *which = NULL;
+    int64_t layers = 8, heads = 128, rank = 2048, hidden = 4096, candidates = 2048, chunks = 32768,
+            steps = 20;
+    bool no_verify = false;
+    lsa_multi set = {0};
+    lsa_bench b;
+    const lsa_opt opts[] = {
+        {"case", "NAME", LSA_OPT_STR, &which, "only this: train, full (all candidates, KL) or eval"},
+        {"layers", "N", LSA_OPT_I64, &layers, "joint layers (default 8)"},
+        {"heads", "N", LSA_OPT_I64, &heads, "heads (default 128)"},
+        {"rank", "N", LSA_OPT_I64, &rank, "rank (default 2048)"},
+        {"hidden", "N", LSA_OPT_I64, &hidden, "width of the hidden vectors (default 4096)"},
+        {"candidates", "N", LSA_OPT_I64, &candidates, "candidates of a window (default 2048)"},
+        {"chunks", "N", LSA_OPT_I64, &chunks, "chunks of a document (default 32768)"},
+        {"steps", "N", LSA_OPT_I64, &steps, "steps timed in each of 5 repeats (default 20; 0: verify only)"},
+        {"no-verify", NULL, LSA_OPT_FLAG, &no_verify, "skip the comparison of the gradient with ref"},
+        {"set", "KEY=VALUE", LSA_OPT_MULTI, &set,
+         "recipe key, such as train.batch or loss.kind; may be repeated"},
+        {"device", "DEVICE", LSA_OPT_STR, &device, "cuda or cuda:N (default cuda)"},
+        {0}};
+    lsa_cli_parse("Measure the GPU step on random documents: one JSON line a case.", "", opts, argc, argv,
+                  NULL, 0);
+    const bool all = !which;
+    if (which && strcmp(which, "train") && strcmp(which, "full") && strcmp(which, "eval"))
+        LSA_RET_FAIL(LSA_E_ARG, "--case '%s': expected train, full or eval", which);
+    LSA_TRY(lsa_bench_default(&b, err));
+    b.layers = layers, b.heads = heads, b.rank = rank, b.hidden = hidden, b.candidates = candidates,
+    b.chunks = chunks, b.steps = steps;
+    b.verify = !no_verify;
+    if (!all && !strcmp(which, "full")) {
+        b.r.candidates = LSA_CAND_ALL;
+        b.r.loss = LSA_LOSS_KL;
+        b.r.ensemble = LSA_ON_SUM;
+    }
+    LSA_TRY(lsa_recipe_set(&b.r, lsa_recipe_keys, lsa_recipe_n_key, set.v, set.n, err));
+    if (!all)
+        return !strcmp(which, "eval") ? lsa_bench_eval(&b, device, err) : lsa_bench_train(&b, device, err);
+    const int64_t batch[] = {256, 1024, 64};
+    for (int i = 0; i < 3; i++) {
+        b.r.batch = batch[i];
+        LSA_TRY(lsa_bench_train(&b, device, err));
+        b.verify = false;
+    }
+    b.r.batch = 256;
+    LSA_TRY(lsa_bench_eval(&b, device, err));
+    b.r.candidates = LSA_CAND_ALL;
+    b.r.loss = LSA_LOSS_KL;
+    b.r.ensemble = LSA_ON_SUM;
+    LSA_TRY(lsa_bench_train(&b, device, err));
+done:
+    return st;
+}
+
 int main(int argc, char **argv) {
     static const lsa_subcommand subs[] = {{"run", "train in a fresh run folder", cmd_run},
                                           {"resume", "go on with an interrupted run", cmd_resume},
                                           {"eval", "evaluate a checkpoint", cmd_eval},
+                                          {"bench", "measure the GPU step", cmd_bench},
                                           {"config", "print or check a recipe", cmd_config},
                                           {0}};
     lsa_h5_init();

@@ -28,6 +28,16 @@ const lsa_key lsa_recipe_keys[] = {
         "stop after this many evaluations without improvement (0: never)"),
     I64("train.max_bad", max_bad, "10", 1, 1e6, "give up after this many non-finite steps in a row"),
     I64("train.cache_mib", cache_mib, "4096", 1, 1e7, "host memory for documents, MiB"),
+    I64("train.pool_mib", pool_mib, "16384", 1, 1e7,
+        "memory for the keys and hidden vectors of the documents in use and the next ones, MiB (on a GPU its own memory); shuffled "
+        "windows are shuffled among documents that are in it together"),
+    PICK(
+        "train.precision", precision, "bf16", "bf16|fp8|f32",
+        "on a GPU: bf16 products, the same with queries rounded to fp8 as servers do, or f32 op by op; a CPU computes in f32"),
+    I64("train.micro_batch", micro_batch, "0", 0, 65536,
+        "windows at a time on a GPU, gradients added up; lowers memory (0: the whole batch)"),
+    BOOL("train.portable", portable, "false",
+         "debugging aid: on a GPU only the kernels that every architecture has"),
     TEXT("train.trace", trace, "",
          "debugging aid: write the exact samples of every step to this safetensors file"),
 
@@ -59,6 +69,9 @@ const lsa_key lsa_recipe_keys[] = {
     BOOL("loss.weighted", weighted, "false", "weight positives by votes"),
     BOOL("loss.by_mass", by_mass, "false",
          "kl: a window counts by the mass it has on its candidates, as captured mass counts it"),
+    BOOL(
+        "loss.balance", balance, "false",
+        "bce and focal on all candidates: a window's negatives weigh together sample.neg_ratio times its positives"),
     BOOL("loss.trivial", trivial, "false",
          "weight 0.5 for chunks golden in over 80 % of a document's tokens"),
     F64("loss.smoothing", smoothing, "0", 0, 0.49, "label smoothing of bce and focal"),
@@ -68,6 +81,8 @@ const lsa_key lsa_recipe_keys[] = {
     F64("optim.min_lr", min_lr, "0", 0, 10, "learning rate at the end of the cosine"),
     I64("optim.warmup", warmup, "50", 0, 1e8, "steps of linear warm-up"),
     PICK("optim.schedule", schedule, "cosine", "cosine|constant", "after the warm-up"),
+    PICK("optim.moments", moments, "f32", "f32|bf16",
+         "AdamW's moments in GPU memory (bf16: stochastic rounding)"),
     F64("optim.weight_decay", weight_decay, "0.01", 0, 10, "decoupled weight decay"),
     BOOL("optim.decay_norm", decay_norm, "false", "decay the norm gains too"),
     F64("optim.beta1", beta1, "0.9", 0, 0.999999, "first moment"),
@@ -99,6 +114,12 @@ lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
     if (r->loss != LSA_LOSS_KL && (r->loss == LSA_LOSS_BPR || r->loss == LSA_LOSS_MARGIN) &&
         r->candidates == LSA_CAND_ALL)
         LSA_RET_FAIL(LSA_E_CONFIG, "pairwise losses need sample.candidates: sampled");
+    if (r->balance &&
+        (r->candidates != LSA_CAND_ALL || (r->loss != LSA_LOSS_BCE && r->loss != LSA_LOSS_FOCAL)))
+        LSA_RET_FAIL(LSA_E_CONFIG, "loss.balance needs sample.candidates: all and loss.kind bce or focal");
+    if (r->micro_batch && r->batch % r->micro_batch)
+        LSA_RET_FAIL(LSA_E_CONFIG, "train.micro_batch %lld must divide train.batch %lld",
+                     (long long)r->micro_batch, (long long)r->batch);
     if (r->min_lr > r->lr)
         LSA_RET_FAIL(LSA_E_CONFIG, "optim.min_lr %g exceeds optim.lr %g", r->min_lr, r->lr);
     return LSA_OK;

@@ -12,6 +12,8 @@ enum { LSA_LOSS_KL = 0, LSA_LOSS_BCE, LSA_LOSS_FOCAL, LSA_LOSS_BPR, LSA_LOSS_MAR
 enum { LSA_TARGET_NATIVE = 0, LSA_TARGET_DENSE };
 enum { LSA_ON_SUM = 0, LSA_ON_LAYER };
 enum { LSA_SCHED_COSINE = 0, LSA_SCHED_CONSTANT };
+enum { LSA_PRECISION_BF16 = 0, LSA_PRECISION_FP8, LSA_PRECISION_F32 };
+enum { LSA_MOMENTS_F32 = 0, LSA_MOMENTS_BF16 };
 enum { LSA_METRIC_CAPTURED = 0, LSA_METRIC_F1, LSA_METRIC_RECALL };
 
 typedef struct lsa_recipe {
@@ -23,12 +25,14 @@ typedef struct lsa_recipe {
     double neg_ratio;
     bool exclude_resident, causal;
     int64_t loss, target, ensemble;
-    bool weighted, trivial, by_mass;
+    bool weighted, trivial, by_mass, balance;
     double smoothing, margin;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
-    int64_t warmup, schedule;
+    int64_t warmup, schedule, moments;
     bool decay_norm;
     int64_t steps, batch, seed, eval_every, save_every, log_every, keep, patience, max_bad, cache_mib;
+    int64_t precision, micro_batch, pool_mib;
+    bool portable;
     double threshold, budget;
     int64_t topk, metric;
     char trace[LSA_KEY_TEXT_MAX];

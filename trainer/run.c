@@ -15,6 +15,7 @@
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
+#include "trainer/resident.h"
 #include "trainer/tboard.h"
 #include "trainer/trace.h"
 
@@ -24,7 +25,8 @@ typedef struct run {
     lsa_ctx *ctx;
     lsa_source *source;
     lsa_order *order;
-    lsa_trainer *trainer;
+    lsa_trainer *trainer;   /* op by op, any device; or */
+    lsa_resident *resident; /* documents and step on the GPU */
     lsa_indexer_geom g;
     lsa_batch batch;
     lsa_trace *trace;
@@ -33,7 +35,10 @@ typedef struct run {
     FILE *metrics;
     /* state */
     int64_t step, since_best, bad, skipped;
-    lsa_cursor cursor;
+    lsa_cursor cursor; /* after the last step whose result is known */
+    int64_t launched;  /* steps started: on a GPU up to one more than step */
+    lsa_cursor ahead,
+        flight[2]; /* cursor after the last step started; after each step by its number's parity */
     double best;
     bool has_best, stopped;
     json_t *last_eval;
@@ -99,14 +104,16 @@ static json_t *state_json(const run *x) {
         const lsa_shards_doc i = lsa_shards_get_doc(lsa_source_shards(x->source), d);
         if (i.n_token > longest) longest = i.n_token;
     }
-    json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}",
-                          "step", (json_int_t)x->step, "epoch", (json_int_t)x->cursor.epoch, "index",
-                          (json_int_t)x->cursor.index, "updates", (json_int_t)lsa_trainer_updates(x->trainer),
-                          "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped",
-                          (json_int_t)x->skipped, "has_best", x->has_best, "best", x->best, "stopped",
-                          x->stopped, "recipe", lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key),
-                          "data_hash", hash, "teacher", f->teacher, "teacher_hash", teacher, "trained_length",
-                          (json_int_t)longest, "train_documents", (json_int_t)lsa_source_n_train(x->source));
+    json_t *o = json_pack(
+        "{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}", "step",
+        (json_int_t)x->step, "epoch", (json_int_t)x->cursor.epoch, "index", (json_int_t)x->cursor.index,
+        "updates",
+        (json_int_t)(x->resident ? lsa_resident_updates(x->resident) : lsa_trainer_updates(x->trainer)),
+        "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped", (json_int_t)x->skipped,
+        "has_best", x->has_best, "best", x->best, "stopped", x->stopped, "recipe",
+        lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key), "data_hash", hash, "teacher", f->teacher,
+        "teacher_hash", teacher, "trained_length", (json_int_t)longest, "train_documents",
+        (json_int_t)lsa_source_n_train(x->source));
     if (x->last_eval) json_object_set(o, "eval", x->last_eval);
     return o;
 }
@@ -139,7 +146,8 @@ static lsa_status save(run *x, bool best, lsa_err *err) {
     lsa_status st = LSA_OK;
     json_t *state = state_json(x);
     if (!state) LSA_FAIL(LSA_E_NOMEM, "cannot format the training state");
-    LSA_TRY(lsa_trainer_get(x->trainer, x->params, x->m, x->v, err));
+    LSA_TRY(x->resident ? lsa_resident_get(x->resident, x->params, x->m, x->v, err)
+                        : lsa_trainer_get(x->trainer, x->params, x->m, x->v, err));
     LSA_TRY(lsa_ckpt_save(x->out, x->step, &x->g, x->params, x->m, x->v, state, best, x->r->keep, err));
 done:
     json_decref(state);
@@ -190,11 +198,22 @@ done:
     return st;
 }
 
+/* The trainer of the device: on a GPU documents and step stay there, unless f32 op by op is asked for. */
+static lsa_status open_trainer(run *x, const float *params, const float *m, const float *v, int64_t updates,
+                               lsa_err *err) {
+    if (lsa_ctx_kind(x->ctx) != LSA_BACKEND_CUDA || x->r->precision == LSA_PRECISION_F32)
+        return lsa_trainer_create(&x->trainer, x->ctx, x->r, &x->g, params, m, v, updates, err);
+    if (*x->r->trace) LSA_RET_FAIL(LSA_E_CONFIG, "train.trace on a GPU needs train.precision: f32");
+    return lsa_resident_create(&x->resident, x->ctx, x->source, x->order, x->r, &x->g, params, m, v, updates,
+                               err);
+}
+
 static void run_fini(run *x) {
     if (x->metrics) fclose(x->metrics);
     lsa_tboard_close(&x->tb);
     lsa_trace_destroy(x->trace);
     lsa_batch_fini(&x->batch);
+    lsa_resident_destroy(x->resident);
     lsa_trainer_destroy(x->trainer);
     lsa_order_destroy(x->order);
     lsa_source_close(x->source);
@@ -229,8 +248,9 @@ static lsa_status evaluate(run *x, bool *best, lsa_err *err) {
     lsa_eval e;
     *best = false;
     if (lsa_source_n_train(x->source) == lsa_source_n_doc(x->source)) return LSA_OK;
-    LSA_TRY(lsa_evaluate(&e, x->trainer, x->source, x->r, &x->g, lsa_source_n_train(x->source),
-                         lsa_source_n_doc(x->source), err));
+    const int64_t first = lsa_source_n_train(x->source), last = lsa_source_n_doc(x->source);
+    LSA_TRY(x->resident ? lsa_resident_evaluate(&e, x->resident, first, last, err)
+                        : lsa_evaluate(&e, x->trainer, x->source, x->r, &x->g, first, last, err));
     const double v = lsa_eval_value(&e, x->r);
     *best = !x->has_best || v > x->best;
     if (*best) {
@@ -262,19 +282,44 @@ done:
 
 /* ---- the loop ---- */
 
+/* A step after which the state is looked at: no later one may have begun. */
+static bool boundary(const run *x, int64_t step) {
+    const lsa_recipe *r = x->r;
+    return step == r->steps || step % r->save_every == 0 || (r->eval_every && step % r->eval_every == 0);
+}
+
+/* On a GPU the next step is started before the result of this one is awaited. */
+static lsa_status resident_step(run *x, lsa_step_result *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (x->launched == x->step) x->ahead = x->cursor;
+    while (x->launched == x->step ||
+           (x->launched == x->step + 1 && !boundary(x, x->launched) && !lsa_stop_requested())) {
+        LSA_TRY(lsa_resident_launch(x->resident, &x->ahead, x->launched, err));
+        x->flight[x->launched++ % 2] = x->ahead;
+    }
+    LSA_TRY(lsa_resident_take(x->resident, s, err));
+    x->cursor = x->flight[x->step % 2];
+done:
+    return st;
+}
+
 static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
     lsa_status st = LSA_OK;
-    LSA_TRY(lsa_batch_next(&x->batch, x->source, x->order, x->r, &x->g, &x->cursor, err));
-    LSA_TRY(lsa_trainer_step(s, x->trainer, &x->batch, x->step, err));
-    if (x->trace) LSA_TRY(lsa_trace_add(x->trace, &x->batch, &x->g, s->loss, err));
+    if (x->resident) {
+        LSA_TRY(resident_step(x, s, err));
+    } else {
+        LSA_TRY(lsa_batch_next(&x->batch, x->source, x->order, x->r, &x->g, &x->cursor, err));
+        LSA_TRY(lsa_trainer_step(s, x->trainer, &x->batch, x->step, err));
+        if (x->trace) LSA_TRY(lsa_trace_add(x->trace, &x->batch, &x->g, s->loss, err));
+        x->launched++;
+    }
     x->step++;
     if (s->skipped) {
         x->bad++;
         x->skipped++;
-        lsa_warn(
-            "step %lld: loss %g, gradient norm %g: update skipped (windows from document %lld, token %lld)",
-            (long long)x->step, s->loss, s->grad_norm, (long long)x->batch.doc[0],
-            (long long)x->batch.start[0]);
+        lsa_warn("step %lld: loss %g, gradient norm %g: update skipped (epoch %lld, up to its window %lld)",
+                 (long long)x->step, s->loss, s->grad_norm, (long long)x->cursor.epoch,
+                 (long long)x->cursor.index);
         if (x->bad >= x->r->max_bad)
             LSA_FAIL(
                 LSA_E_NUMERIC,
@@ -296,6 +341,7 @@ static lsa_status loop(run *x, lsa_err *err) {
     lsa_step_result s = {0};
     double t0 = lsa_now_s();
     int64_t n0 = x->step;
+    x->launched = x->step;
     lsa_info(
         "training on %s: %lld documents (%lld held out), %lld windows an epoch, %.2f M parameters in %d joint layers",
         lsa_ctx_describe(x->ctx), (long long)lsa_source_n_train(x->source),
@@ -321,7 +367,7 @@ static lsa_status loop(run *x, lsa_err *err) {
             LSA_TRY(evaluate(x, &best, err));
             if (r->patience && x->since_best >= r->patience) x->stopped = true;
         }
-        const bool stop = lsa_stop_requested();
+        const bool stop = lsa_stop_requested() && x->launched == x->step;
         if (best || x->stopped || stop || last || x->step % r->save_every == 0) LSA_TRY(save(x, best, err));
         if (eval || best || last) t0 = lsa_now_s(), n0 = x->step;
         if (stop && !last)
@@ -380,7 +426,7 @@ lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out,
                  out, out);
     LSA_TRY(open_run(&x, device, err));
     LSA_TRY(initial(&x, err));
-    LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, r, &x.g, x.params, NULL, NULL, 0, err));
+    LSA_TRY(open_trainer(&x, x.params, NULL, NULL, 0, err));
     LSA_TRY(lsa_mkdirs(out, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(write_run_files(&x, err));
@@ -417,10 +463,10 @@ lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
     if (lsa_exists(path)) {
         LSA_TRY(lsa_ckpt_load(&c, path, true, err));
         LSA_TRY(restore_state(&x, &updates, c.state, c.dir, err));
-        LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, &r, &x.g, c.params, c.m, c.v, updates, err));
+        LSA_TRY(open_trainer(&x, c.params, c.m, c.v, updates, err));
     } else {
         LSA_TRY(initial(&x, err));
-        LSA_TRY(lsa_trainer_create(&x.trainer, x.ctx, &r, &x.g, x.params, NULL, NULL, 0, err));
+        LSA_TRY(open_trainer(&x, x.params, NULL, NULL, 0, err));
     }
     if (x.step >= r.steps || x.stopped) {
         lsa_info("'%s' is finished: nothing to resume", out);
@@ -444,6 +490,8 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     lsa_ctx *ctx = NULL;
     lsa_source *source = NULL;
     lsa_trainer *t = NULL;
+    lsa_resident *gpu = NULL;
+    lsa_order *order = NULL;
     lsa_shards_info f;
     LSA_TRY(lsa_ckpt_load(&c, ckpt, false, err));
     if (json_object_get(c.state, "recipe"))
@@ -457,13 +505,23 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     LSA_TRY(shards_info(&f, data, err));
     LSA_TRY(lsa_ctx_create(&ctx, device, err));
     LSA_TRY(lsa_source_open(&source, data, r, &c.geom, f.has_stats, err));
-    LSA_TRY(lsa_trainer_create(&t, ctx, r, &c.geom, c.params, NULL, NULL, 0, err));
-    LSA_TRY(lsa_evaluate(out, t, source, r, &c.geom, val_only ? lsa_source_n_train(source) : 0,
-                         lsa_source_n_doc(source), err));
+    const int64_t first = val_only ? lsa_source_n_train(source) : 0, last = lsa_source_n_doc(source);
+    if (lsa_ctx_kind(ctx) == LSA_BACKEND_CUDA && r->precision != LSA_PRECISION_F32) {
+        r->batch = 8; /* the training half of the step is not used */
+        r->micro_batch = 0;
+        LSA_TRY(lsa_order_create(&order, source, r, err));
+        LSA_TRY(lsa_resident_create(&gpu, ctx, source, order, r, &c.geom, c.params, NULL, NULL, 0, err));
+        LSA_TRY(lsa_resident_evaluate(out, gpu, first, last, err));
+    } else {
+        LSA_TRY(lsa_trainer_create(&t, ctx, r, &c.geom, c.params, NULL, NULL, 0, err));
+        LSA_TRY(lsa_evaluate(out, t, source, r, &c.geom, first, last, err));
+    }
     if (out->row[0].n_window == 0)
         LSA_FAIL(LSA_E_CONFIG, "'%s': no document is longer than tail + tau tokens: nothing to evaluate",
                  data);
 done:
+    lsa_resident_destroy(gpu);
+    lsa_order_destroy(order);
     lsa_trainer_destroy(t);
     lsa_source_close(source);
     lsa_ctx_destroy(ctx);

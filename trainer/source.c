@@ -73,7 +73,7 @@ done:
     return st;
 }
 
-static void doc_fini(lsa_train_doc *d) {
+void lsa_train_doc_fini(lsa_train_doc *d) {
     for (int32_t l = 0; l < LSA_MAX_CSA; l++) {
         lsa_free(d->hidden[l]);
         lsa_free(d->key[l]);
@@ -88,7 +88,7 @@ static void doc_fini(lsa_train_doc *d) {
 
 void lsa_source_close(lsa_source *s) {
     if (!s) return;
-    for (int64_t i = 0; s->slot && i < s->n_doc; i++) doc_fini(&s->slot[i].d);
+    for (int64_t i = 0; s->slot && i < s->n_doc; i++) lsa_train_doc_fini(&s->slot[i].d);
     for (int64_t i = 0; s->ref_start && i < s->n_doc; i++) lsa_free(s->ref_start[i]);
     lsa_free(s->slot);
     lsa_free(s->n_window);
@@ -123,7 +123,6 @@ static int64_t lookahead_windows(const lsa_recipe *r, const lsa_shards_doc *d) {
 static lsa_status reference_windows(lsa_source *s, int64_t doc, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_csr c = {0};
-    const lsa_shards_doc d = lsa_shards_get_doc(s->shards, doc);
     int64_t *next = NULL; /* first token at or after t that has a golden chunk */
     LSA_TRY(lsa_shards_labels(&c, s->shards, doc, err));
     LSA_TRY(LSA_NEW(next, c.n_row + 1, err));
@@ -138,7 +137,6 @@ static lsa_status reference_windows(lsa_source *s, int64_t doc, lsa_err *err) {
     for (int64_t t = 0; t < c.n_row; t += s->r->stride)
         if (next[t] < t + s->r->tau) s->ref_start[doc][n++] = t;
     s->n_window[doc] = n;
-    (void)d;
 done:
     lsa_free(next);
     lsa_csr_fini(&c);
@@ -174,7 +172,12 @@ static lsa_status mark_trivial(lsa_train_doc *d, int64_t min_layers, lsa_err *er
     return st;
 }
 
-static lsa_status load(lsa_source *s, lsa_train_doc *d, int64_t doc, lsa_err *err) {
+int64_t lsa_source_doc_bytes(const lsa_source *s, int64_t doc) {
+    const lsa_shards_doc d = lsa_shards_get_doc(s->shards, doc);
+    return s->geom.n_layer * (d.n_hidden * 2 * (int64_t)s->geom.hidden + d.n_key * LSA_KEY_BYTES);
+}
+
+lsa_status lsa_source_load(lsa_train_doc *d, const lsa_source *s, int64_t doc, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_shards_info *f = lsa_shards_get_info(s->shards);
     d->doc = doc;
@@ -206,7 +209,7 @@ static lsa_status load(lsa_source *s, lsa_train_doc *d, int64_t doc, lsa_err *er
     }
     if (s->r->trivial || s->r->mode == LSA_MODE_REFERENCE) LSA_TRY(mark_trivial(d, s->r->min_layers, err));
 done:
-    if (st != LSA_OK) doc_fini(d);
+    if (st != LSA_OK) lsa_train_doc_fini(d);
     return st;
 }
 
@@ -220,7 +223,7 @@ static void make_room(lsa_source *s) {
                 old = i;
         if (old < 0) return; /* what a batch needs stays, whatever the budget */
         s->bytes -= s->slot[old].d.bytes;
-        doc_fini(&s->slot[old].d);
+        lsa_train_doc_fini(&s->slot[old].d);
         s->slot[old].used = -1;
     }
 }
@@ -229,7 +232,7 @@ lsa_status lsa_source_get(const lsa_train_doc **out, lsa_source *s, int64_t doc,
     lsa_status st = LSA_OK;
     slot *x = &s->slot[doc];
     if (x->used < 0) {
-        LSA_TRY(load(s, &x->d, doc, err));
+        LSA_TRY(lsa_source_load(&x->d, s, doc, err));
         s->bytes += x->d.bytes;
     }
     x->used = s->tick++;

@@ -37,6 +37,11 @@ int64_t lsa_source_n_doc(const lsa_source *s);
 /* Windows of a document that training may ask, from its sizes alone (lookahead) or from its labels
  * (reference). */
 LSA_NODISCARD lsa_status lsa_source_n_window(int64_t *out, lsa_source *s, int64_t doc, lsa_err *err);
+/* Bytes of the document's keys and hidden vectors in the joint layers, from its sizes alone. */
+int64_t lsa_source_doc_bytes(const lsa_source *s, int64_t doc);
+/* A document of the caller's own, outside the cache. Thread-safe. */
+LSA_NODISCARD lsa_status lsa_source_load(lsa_train_doc *d, const lsa_source *s, int64_t doc, lsa_err *err);
+void lsa_train_doc_fini(lsa_train_doc *d);
 /* Borrowed until the cache needs the room; `pin` documents asked since lsa_source_unpin are never dropped. */
 LSA_NODISCARD lsa_status lsa_source_get(const lsa_train_doc **out, lsa_source *s, int64_t doc, lsa_err *err);
 void lsa_source_unpin(lsa_source *s);

@@ -96,6 +96,10 @@ done:
     return st;
 }
 
+lsa_status lsa_trainer_grad(lsa_trainer *t, float *grad, lsa_err *err) {
+    return lsa_ctx_download(t->ctx, grad, t->grad, (size_t)t->n_param * sizeof *grad, err);
+}
+
 #define ROOM(p, n)                                                                                           \
     do {                                                                                                     \
         lsa_ctx_free(t->ctx, p);                                                                             \
@@ -176,6 +180,11 @@ static lsa_status score(lsa_trainer *t, const lsa_batch *b, int32_t l, bool accu
                                  err);
 }
 
+/* What pointwise losses are divided by. */
+static double elements(const lsa_recipe *r, const lsa_batch *b) {
+    return fmax(1.0, r->balance ? (1.0 + r->neg_ratio) * (double)b->n_balanced : (double)b->n_elem);
+}
+
 /* Loss of t->z into t->dz; adds the rows' losses to *loss. */
 static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *sum, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -190,12 +199,12 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
         break;
     case LSA_LOSS_BCE:
     case LSA_LOSS_FOCAL:
-        LSA_TRY(lsa_loss_pointwise(
-            t->ctx,
-            &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL, (float)r->smoothing,
-                                       (float)(part / (double)lsa_max_i64(1, b->n_elem)), t->z, t->y,
-                                       t->weight, t->n_cand, t->dz, t->row_loss},
-            err));
+        LSA_TRY(lsa_loss_pointwise(t->ctx,
+                                   &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL,
+                                                              (float)r->smoothing,
+                                                              (float)(part / elements(r, b)), t->z, t->y,
+                                                              t->weight, t->n_cand, t->dz, t->row_loss},
+                                   err));
         break;
     default:
         LSA_TRY(lsa_loss_pairwise(t->ctx,

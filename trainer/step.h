@@ -18,6 +18,9 @@ void lsa_trainer_destroy(lsa_trainer *t);
 /* Host copies, flat; any may be NULL. */
 LSA_NODISCARD lsa_status lsa_trainer_get(lsa_trainer *t, float *params, float *m, float *v, lsa_err *err);
 
+/* The last step's gradient, host, flat. */
+LSA_NODISCARD lsa_status lsa_trainer_grad(lsa_trainer *t, float *grad, lsa_err *err);
+
 typedef struct lsa_step_result {
     double loss, grad_norm, lr;
     bool skipped; /* loss or norm not finite: nothing was updated */

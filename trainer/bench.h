@@ -1,0 +1,26 @@
+/* lsa-train bench: the GPU step on random documents: its gradient against the `ref` column, its time against
+ * the card's ceilings. */
+#ifndef LSA_TRAINER_BENCH_H
+#define LSA_TRAINER_BENCH_H
+
+#include "kernels/core/lsa_status.h"
+#include "trainer/recipe_keys.h"
+
+typedef struct lsa_bench {
+    int64_t layers, heads, rank, hidden, candidates, chunks; /* chunks: of a document */
+    int64_t steps;                                           /* timed in each of 5 repeats */
+    bool verify, stages;
+    lsa_recipe r; /* loss, sampling, precision, moments */
+} lsa_bench;
+
+/* The recipe of the published trainer's best indexer, 8 layers, 128 heads, rank 2048, 2,048 candidates,
+ * focal. */
+LSA_NODISCARD lsa_status lsa_bench_default(lsa_bench *b, lsa_err *err);
+
+/* One JSON line on stdout a case. Training with b->r.batch windows a step; verify compares loss and gradient
+ * of two windows with `ref` and fails with LSA_E_NUMERIC beyond the tolerance. */
+LSA_NODISCARD lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err);
+/* Evaluation of b->r.batch windows against all chunks of a document. */
+LSA_NODISCARD lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err);
+
+#endif

@@ -1,0 +1,375 @@
+/* GPU training with resident documents: see resident.h. The mistake that would stay silent: overwriting a
+ * group of documents while a step that uses it is still running; a bank is refilled only after the results of
+ * its last step have been taken. */
+#include "trainer/resident.h"
+
+#include <pthread.h>
+#include <string.h>
+
+#include "kernels/core/mem.h"
+#include "kernels/core/num.h"
+#include "trainer/block.h"
+
+enum { READERS = 4, BANKS = 2, EVAL_ROWS = 256, EVAL_Z_BYTES = 1 << 30 };
+
+typedef struct bank {
+    int64_t epoch, group; /* what it holds; -1 nothing */
+    int64_t last_use;     /* number of steps launched when it was last used */
+    bool *held;           /* [n_doc] */
+} bank;
+
+typedef struct job { /* filling a bank */
+    bool running;
+    int32_t bank;
+    int64_t *doc, *n_window, n, next;
+    pthread_t thread[READERS];
+    int n_thread, n_started; /* readers that have taken a block; threads to join */
+    pthread_mutex_t lock;    /* next, status, and the pool's calls */
+    lsa_status st;
+    lsa_err err;
+} job;
+
+struct lsa_resident {
+    lsa_source *s;
+    lsa_order *o;
+    const lsa_recipe *r;
+    lsa_indexer_geom g;
+    int64_t n_doc; /* training documents: slots a bank */
+    lsa_gpu_step *step, *eval;
+    bank bank[BANKS];
+    job job;
+    lsa_block block[READERS];
+    lsa_gpu_row *row;
+    int64_t launched, taken, updates;
+    double lr[LSA_GPU_FLIGHT];
+    /* evaluation */
+    int64_t eval_doc; /* number of held documents, from the first asked */
+    int64_t eval_first;
+    lsa_gpu_eval_row *eval_row;
+};
+
+/* ---- reading ---- */
+
+static void *reader(void *arg) {
+    lsa_resident *const x = arg;
+    job *const j = &x->job;
+    pthread_mutex_lock(&j->lock);
+    lsa_block *const block = &x->block[j->n_thread++];
+    while (j->next < j->n && j->st == LSA_OK) {
+        const int64_t i = j->next++;
+        lsa_err err = {0};
+        lsa_train_doc d = {0};
+        pthread_mutex_unlock(&j->lock);
+        lsa_status st = lsa_source_load(&d, x->s, j->doc[i], &err);
+        if (st == LSA_OK) st = lsa_block_build(block, x->s, x->r, &x->g, &d, j->n_window[i], false, &err);
+        lsa_train_doc_fini(&d);
+        pthread_mutex_lock(&j->lock);
+        const int32_t slot = (int32_t)(j->bank * x->n_doc + j->doc[i]);
+        if (st == LSA_OK) st = lsa_gpu_pool_put(x->step, slot, &block->doc, block->data, &err);
+        if (st == LSA_OK) st = lsa_gpu_pool_wait(x->step, &err);
+        if (st == LSA_OK) x->bank[j->bank].held[j->doc[i]] = true;
+        if (st != LSA_OK && j->st == LSA_OK) {
+            j->st = st;
+            j->err = err;
+        }
+    }
+    pthread_mutex_unlock(&j->lock);
+    return NULL;
+}
+
+static lsa_status start(lsa_resident *x, int32_t b, int64_t epoch, int64_t group, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    job *const j = &x->job;
+    bank *const k = &x->bank[b];
+    const int64_t *doc;
+    j->n = lsa_order_group_docs(x->o, epoch, group, &doc);
+    for (int64_t i = 0; i < j->n; i++) {
+        j->doc[i] = doc[i];
+        LSA_TRY(lsa_source_n_window(&j->n_window[i], x->s, doc[i], err));
+    }
+    for (int64_t i = 0; i < x->n_doc; i++) {
+        if (k->held[i]) LSA_TRY(lsa_gpu_pool_put(x->step, (int32_t)(b * x->n_doc + i), NULL, NULL, err));
+        k->held[i] = false;
+    }
+    k->epoch = epoch;
+    k->group = group;
+    j->bank = b;
+    j->next = 0;
+    j->n_thread = 0;
+    j->st = LSA_OK;
+    for (j->n_started = 0; j->n_started < READERS; j->n_started++)
+        if (pthread_create(&j->thread[j->n_started], NULL, reader, x) != 0) break;
+    if (j->n_started == 0) LSA_FAIL(LSA_E_NOMEM, "cannot start a reading thread");
+    j->running = true;
+done:
+    if (st != LSA_OK) k->epoch = k->group = -1;
+    return st;
+}
+
+static lsa_status finish(lsa_resident *x, lsa_err *err) {
+    job *const j = &x->job;
+    if (!j->running) return LSA_OK;
+    for (int i = 0; i < j->n_started; i++) pthread_join(j->thread[i], NULL);
+    j->running = false;
+    if (j->st == LSA_OK) return LSA_OK;
+    x->bank[j->bank].epoch = x->bank[j->bank].group = -1;
+    if (err) *err = j->err;
+    return j->st;
+}
+
+/* The bank that holds a group, if any. With one group every epoch is the same documents. */
+static int32_t bank_of(lsa_resident *x, int64_t epoch, int64_t group) {
+    const bool one = lsa_order_groups(x->o, epoch) == 1;
+    for (int32_t b = 0; b < BANKS; b++)
+        if (x->bank[b].epoch >= 0 && (one || (x->bank[b].epoch == epoch && x->bank[b].group == group)))
+            return b;
+    return -1;
+}
+
+static lsa_status drain(lsa_resident *x, int64_t until, lsa_err *err) {
+    if (x->taken < until)
+        LSA_RET_FAIL(LSA_E_ARG, "results of %lld steps must be taken first", (long long)(until - x->taken));
+    return LSA_OK;
+}
+
+/* Waits until the group is resident, reading it now if nobody has begun. */
+static lsa_status need(lsa_resident *x, int64_t epoch, int64_t group, int32_t *out, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    int32_t b = bank_of(x, epoch, group);
+    if (b < 0) {
+        LSA_TRY(finish(x, err));
+        b = x->bank[0].last_use <= x->bank[1].last_use ? 0 : 1;
+        LSA_TRY(drain(x, x->bank[b].last_use, err));
+        LSA_TRY(start(x, b, epoch, group, err));
+    }
+    if (x->job.running && x->job.bank == b) LSA_TRY(finish(x, err));
+    *out = b;
+done:
+    return st;
+}
+
+/* Begins to read the group after (epoch, group) if its bank is free. */
+static lsa_status ahead(lsa_resident *x, int64_t epoch, int64_t group, int32_t in_use, lsa_err *err) {
+    const int64_t n = lsa_order_groups(x->o, epoch);
+    bank *const other = &x->bank[1 - in_use];
+    if (n == 1 || x->job.running || x->taken < other->last_use) return LSA_OK;
+    const int64_t e = group + 1 < n ? epoch : epoch + 1, g = group + 1 < n ? group + 1 : 0;
+    if (other->epoch == e && other->group == g) return LSA_OK;
+    return start(x, 1 - in_use, e, g, err);
+}
+
+/* ---- steps ---- */
+
+lsa_gpu_opts lsa_resident_options(const lsa_recipe *r, int64_t n_slot, int64_t widest) {
+    static const lsa_step_loss kind[] = {
+        [LSA_LOSS_KL] = LSA_STEP_KL,   [LSA_LOSS_BCE] = LSA_STEP_BCE,       [LSA_LOSS_FOCAL] = LSA_STEP_FOCAL,
+        [LSA_LOSS_BPR] = LSA_STEP_BPR, [LSA_LOSS_MARGIN] = LSA_STEP_MARGIN,
+    };
+    const bool sampled = r->candidates == LSA_CAND_SAMPLED;
+    const int64_t most = r->max_pos + lsa_min_i64(r->max_neg, (int64_t)((double)r->max_pos * r->neg_ratio));
+    return (lsa_gpu_opts){.batch = r->batch,
+                          .micro = r->micro_batch ? r->micro_batch : r->batch,
+                          .columns = lsa_max_i64(1, sampled ? lsa_min_i64(most, widest) : widest),
+                          .max_chunk = lsa_max_i64(1, widest),
+                          .n_slot = (int32_t)n_slot,
+                          .sampled = sampled,
+                          .max_pos = r->max_pos,
+                          .max_neg = r->max_neg,
+                          .neg_ratio = r->neg_ratio,
+                          .balance = r->balance,
+                          .seed = (uint64_t)r->seed,
+                          .loss = kind[r->loss],
+                          .on_sum = r->ensemble == LSA_ON_SUM,
+                          .by_mass = r->by_mass,
+                          .smoothing = (float)r->smoothing,
+                          .margin = (float)r->margin,
+                          .beta1 = (float)r->beta1,
+                          .beta2 = (float)r->beta2,
+                          .eps = (float)r->eps,
+                          .weight_decay = (float)r->weight_decay,
+                          .clip = (float)r->clip,
+                          .decay_norm = r->decay_norm,
+                          .bf16_moments = r->moments == LSA_MOMENTS_BF16,
+                          .fp8_query = r->precision == LSA_PRECISION_FP8,
+                          .portable = r->portable};
+}
+
+/* Most chunks that a window of documents [first, last) may choose from, rounded up to whole tiles. */
+static int64_t widest_window(const lsa_source *s, int64_t first, int64_t last) {
+    int64_t n = 0;
+    for (int64_t d = first; d < last; d++)
+        n = lsa_max_i64(n, lsa_shards_get_doc(lsa_source_shards(s), d).n_key);
+    return lsa_align_up(n, 128);
+}
+
+lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, lsa_order *o,
+                               const lsa_recipe *r, const lsa_indexer_geom *g, const float *params,
+                               const float *m, const float *v, int64_t updates, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_resident *x = NULL;
+    *out = NULL;
+    LSA_TRY(LSA_NEW(x, 1, err));
+    x->s = s;
+    x->o = o;
+    x->r = r;
+    x->g = *g;
+    x->n_doc = lsa_source_n_train(s);
+    x->updates = updates;
+    x->eval_first = -1;
+    pthread_mutex_init(&x->job.lock, NULL);
+    for (int b = 0; b < BANKS; b++) {
+        x->bank[b].epoch = x->bank[b].group = -1;
+        LSA_TRY(LSA_NEW(x->bank[b].held, x->n_doc, err));
+    }
+    LSA_TRY(LSA_NEW(x->job.doc, x->n_doc, err));
+    LSA_TRY(LSA_NEW(x->job.n_window, x->n_doc, err));
+    LSA_TRY(LSA_NEW(x->row, lsa_max_i64(r->batch, EVAL_ROWS), err));
+    LSA_TRY(LSA_NEW(x->eval_row, (g->n_layer + 3) * EVAL_ROWS, err));
+    const lsa_gpu_opts opts =
+        lsa_resident_options(r, lsa_max_i64(1, BANKS * x->n_doc), widest_window(s, 0, x->n_doc));
+    LSA_TRY(lsa_gpu_create(&x->step, ctx, g, &opts, params, m, v, updates, err));
+    *out = x;
+    x = NULL;
+done:
+    lsa_resident_destroy(x);
+    return st;
+}
+
+void lsa_resident_destroy(lsa_resident *x) {
+    if (!x) return;
+    lsa_status ignored = finish(x, NULL);
+    (void)ignored;
+    lsa_gpu_destroy(x->eval);
+    lsa_gpu_destroy(x->step);
+    for (int i = 0; i < READERS; i++) lsa_block_fini(&x->block[i]);
+    for (int b = 0; b < BANKS; b++) lsa_free(x->bank[b].held);
+    pthread_mutex_destroy(&x->job.lock);
+    lsa_free(x->job.doc);
+    lsa_free(x->job.n_window);
+    lsa_free(x->row);
+    lsa_free(x->eval_row);
+    lsa_free(x);
+}
+
+lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    int64_t epoch = -1, group = -1;
+    int32_t b = -1;
+    for (int64_t i = 0; i < x->r->batch; i++) {
+        int64_t doc, window;
+        LSA_TRY(lsa_order_next(&doc, &window, x->o, c, err));
+        const int64_t g = lsa_order_group(x->o, c->index - 1);
+        if (g != group || c->epoch != epoch) {
+            if (epoch >= 0) x->bank[b].last_use = x->launched + 1;
+            LSA_TRY(need(x, c->epoch, g, &b, err));
+            group = g;
+            epoch = c->epoch;
+        }
+        x->row[i] = (lsa_gpu_row){(int32_t)(b * x->n_doc + doc), (int32_t)window, c->epoch};
+    }
+    x->bank[b].last_use = x->launched + 1;
+    x->lr[x->launched % LSA_GPU_FLIGHT] = lsa_lr(x->r, step);
+    LSA_TRY(lsa_gpu_launch(x->step, x->row, x->lr[x->launched % LSA_GPU_FLIGHT], err));
+    x->launched++;
+    LSA_TRY(ahead(x, epoch, group, b, err));
+done:
+    return st;
+}
+
+lsa_status lsa_resident_take(lsa_resident *x, lsa_step_result *out, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_gpu_result r;
+    LSA_TRY(lsa_gpu_result_take(x->step, &r, err));
+    *out = (lsa_step_result){.loss = r.loss,
+                             .grad_norm = r.grad_norm,
+                             .lr = x->lr[x->taken % LSA_GPU_FLIGHT],
+                             .skipped = r.skipped};
+    x->updates = r.updates;
+    x->taken++;
+done:
+    return st;
+}
+
+int64_t lsa_resident_updates(const lsa_resident *x) {
+    return x->updates;
+}
+lsa_gpu_step *lsa_resident_step(lsa_resident *x) {
+    return x->step;
+}
+lsa_status lsa_resident_get(lsa_resident *x, float *params, float *m, float *v, lsa_err *err) {
+    return lsa_gpu_get(x->step, params, m, v, err);
+}
+
+/* ---- evaluation ---- */
+
+static lsa_status load_eval(lsa_resident *x, int64_t doc, int32_t slot, int64_t n_window, lsa_err *err) {
+    lsa_train_doc d = {0};
+    lsa_status st = finish(x, err); /* the reader's blocks are free then */
+    if (st == LSA_OK) st = lsa_source_load(&d, x->s, doc, err);
+    if (st == LSA_OK) st = lsa_block_build(&x->block[0], x->s, x->r, &x->g, &d, n_window, true, err);
+    lsa_train_doc_fini(&d);
+    if (st == LSA_OK) st = lsa_gpu_pool_put(x->eval, slot, &x->block[0].doc, x->block[0].data, err);
+    if (st == LSA_OK) st = lsa_gpu_pool_wait(x->eval, err);
+    return st;
+}
+
+/* The evaluating step for documents [first, last): held ones stay loaded if they take less than half the
+ * pool. */
+static lsa_status open_eval(lsa_resident *x, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    int64_t bytes = 0;
+    if (x->eval_first == first && x->eval) return LSA_OK;
+    lsa_gpu_destroy(x->eval);
+    x->eval = NULL;
+    const int64_t n = lsa_max_i64(128, widest_window(x->s, first, last));
+    const int64_t rows = lsa_max_i64(1, lsa_min_i64(EVAL_ROWS, EVAL_Z_BYTES / (x->g.n_layer * n * 4)));
+    for (int64_t d = first; d < last; d++) bytes += lsa_source_doc_bytes(x->s, d);
+    x->eval_doc = bytes < x->r->pool_mib << 19 ? last - first : 0;
+    LSA_TRY(lsa_gpu_create_eval(&x->eval, x->step, rows, n, (int32_t)lsa_max_i64(1, x->eval_doc), err));
+    for (int64_t d = first; d < first + x->eval_doc; d++) {
+        int64_t n_window;
+        LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
+        LSA_TRY(load_eval(x, d, (int32_t)(d - first), n_window, err));
+    }
+    x->eval_first = first;
+done:
+    return st;
+}
+
+static void count_row(lsa_scores *s, const lsa_gpu_eval_row *w, int64_t n_cand, bool has_mass) {
+    lsa_window_scores c = {
+        n_cand, w->n_pos, w->have, w->tp, w->hit_k, {0}, has_mass ? (double)w->total_mass : 0};
+    for (int b = 0; has_mass && b <= LSA_EVAL_BUDGETS; b++) c.captured[b] = (double)w->captured[b];
+    lsa_scores_window(s, &c);
+}
+
+lsa_status lsa_resident_evaluate(lsa_eval *e, lsa_resident *x, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    double budget[LSA_EVAL_BUDGETS + 1];
+    lsa_eval_begin(e, x->s, &x->g);
+    for (int b = 0; b <= LSA_EVAL_BUDGETS; b++) budget[b] = lsa_eval_budget(x->r, b);
+    LSA_TRY(open_eval(x, first, last, err));
+    for (int64_t d = first; d < last; d++) {
+        int64_t n_window;
+        const int32_t slot = x->eval_doc ? (int32_t)(d - first) : 0;
+        const int bin = lsa_eval_bin(lsa_shards_get_doc(lsa_source_shards(x->s), d).n_token);
+        LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
+        if (n_window && !x->eval_doc) LSA_TRY(load_eval(x, d, slot, n_window, err));
+        const int64_t rows = lsa_gpu_rows(x->eval);
+        for (int64_t w = 0; w < n_window; w += rows) {
+            const int64_t m = lsa_min_i64(rows, n_window - w);
+            for (int64_t i = 0; i < m; i++) x->row[i] = (lsa_gpu_row){slot, (int32_t)(w + i), 0};
+            LSA_TRY(lsa_gpu_eval(x->eval, m, x->row, (float)x->r->threshold, x->r->topk, LSA_EVAL_BUDGETS + 1,
+                                 budget, x->eval_row, err));
+            for (int64_t i = 0; i < m; i++) {
+                for (int32_t k = 0; k < e->n; k++) {
+                    const lsa_gpu_eval_row *row = &x->eval_row[k * m + i];
+                    count_row(&e->row[k], row, row->n_cand, e->has_mass);
+                    if (k == e->n - 1) count_row(&e->by_length[bin], row, row->n_cand, e->has_mass);
+                }
+            }
+        }
+    }
+done:
+    return st;
+}
