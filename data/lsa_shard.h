@@ -47,6 +47,7 @@ LSA_NODISCARD lsa_status lsa_shards_open(lsa_shards **out, const char *dir, lsa_
 void lsa_shards_close(lsa_shards *s);
 const lsa_shards_info *lsa_shards_get_info(const lsa_shards *s);
 lsa_shards_doc lsa_shards_get_doc(const lsa_shards *s, int64_t doc);
+const char *lsa_shards_path(const lsa_shards *s, int32_t i); /* file of a shard, borrowed */
 uint64_t lsa_shards_hash(const lsa_shards *s); /* over the manifest's shard hashes: identity of the data */
 
 /* keys: u8 [n_key, 132]. */

@@ -287,6 +287,9 @@ const lsa_shards_info *lsa_shards_get_info(const lsa_shards *s) {
 lsa_shards_doc lsa_shards_get_doc(const lsa_shards *s, int64_t doc) {
     return s->doc[doc];
 }
+const char *lsa_shards_path(const lsa_shards *s, int32_t i) {
+    return s->shard[i].path;
+}
 uint64_t lsa_shards_hash(const lsa_shards *s) {
     return s->hash;
 }

@@ -35,8 +35,10 @@ typedef struct lsa_gpu_opts {
     /* sampling */
     bool sampled; /* positives and drawn negatives; else all chunks */
     int64_t max_pos, max_neg;
-    double neg_ratio, hard_share;
-    bool balance; /* all candidates: a window's negatives weigh neg_ratio times its positives together */
+    double neg_ratio;
+    double hard_share; /* of the negatives: taken from the mined ones, hardest first (lsa_gpu_mine) */
+    int64_t hard_k;    /* mined chunks kept for a window */
+    bool balance;      /* all candidates: a window's negatives weigh neg_ratio times its positives together */
     uint64_t seed;
     /* loss */
     lsa_step_loss loss;
@@ -138,6 +140,12 @@ int64_t lsa_gpu_rows(const lsa_gpu_step *s); /* most windows at a time */
 LSA_NODISCARD lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_row *row, float threshold,
                                       int64_t topk, int32_t n_budget, const double *budget,
                                       lsa_gpu_eval_row *out, lsa_err *err); /* [L+3, m] */
+
+/* Hard negatives of all windows of the document in slot `slot` of `s`: the hard_k chunks with the largest
+ * summed logits that are not positives, under the weights of now; later steps draw from them. Scored by
+ * `eval`, made from s by lsa_gpu_create_eval with enough columns. Waits for the steps in flight. A document
+ * put anew has none until it is mined. */
+LSA_NODISCARD lsa_status lsa_gpu_mine(lsa_gpu_step *s, lsa_gpu_step *eval, int32_t slot, lsa_err *err);
 
 /* Median milliseconds of the parts of a step, launched one by one; for lsa-train bench. */
 enum { LSA_GPU_STAGES = 10 };

@@ -17,7 +17,7 @@
 #include "kernels/core/rng.h"
 #include "trainer/resident.h"
 
-enum { DOCS = 4, REPEATS = 5, POSITIVES = 512 };
+enum { DOCS = 2, REPEATS = 5, POSITIVES = 512 };
 
 typedef struct setup {
     const lsa_bench *b;
@@ -249,6 +249,43 @@ static bounds tolerance(const lsa_bench *b) {
     return b->r.precision == LSA_PRECISION_FP8 ? (bounds){0.2, 0.02, 2e-3} : (bounds){0.1, 0.01, 5e-4};
 }
 
+/* Hard negatives are the top of everything but the positives: none of the drawn negatives may have a larger
+ * summed logit. NUMERIC: ref's logits are f32, the ranking's bf16. */
+static lsa_status check_hard(const setup *x, const lsa_batch *b, const float *z, const int32_t *n_pos,
+                             lsa_err *err) {
+    for (int64_t i = 0; i < b->m; i++) {
+        const int64_t want = b->n_cand[i] - n_pos[i], hard = (int64_t)((double)want * x->o.hard_share);
+        double least = INFINITY, most = -INFINITY, size = 0;
+        for (int64_t j = n_pos[i]; j < b->n_cand[i]; j++) {
+            double sum = 0;
+            for (int32_t l = 0; l < x->g.n_layer; l++) sum += (double)z[(l * b->m + i) * b->n + j];
+            size = fmax(size, fabs(sum));
+            if (j < n_pos[i] + hard)
+                least = fmin(least, sum);
+            else
+                most = fmax(most, sum);
+        }
+        printf(
+            "{\"bench\": \"hard\", \"window\": %lld, \"hard\": %lld, \"least_hard\": %.5g, \"largest_drawn\": %.5g}\n",
+            (long long)i, (long long)hard, least, most);
+        if (hard < 1 || !(least >= most - 0.02 * size))
+            LSA_RET_FAIL(LSA_E_NUMERIC,
+                         "hard negatives of window %lld: least logit %.5g, a drawn negative has %.5g",
+                         (long long)i, least, most);
+    }
+    return LSA_OK;
+}
+
+static lsa_status mine(setup *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_gpu_step *eval = NULL;
+    LSA_TRY(lsa_gpu_create_eval(&eval, x->step, 32, x->b->chunks, 1, err));
+    for (int32_t k = 0; k < DOCS; k++) LSA_TRY(lsa_gpu_mine(x->step, eval, k, err));
+done:
+    lsa_gpu_destroy(eval);
+    return st;
+}
+
 static lsa_status verify(setup *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t m = 2;
@@ -258,10 +295,12 @@ static lsa_status verify(setup *x, lsa_err *err) {
     lsa_gpu_result got;
     lsa_step_result want;
     lsa_recipe r = x->b->r;
-    float *ours = NULL, *theirs = NULL;
+    float *ours = NULL, *theirs = NULL, *z = NULL;
+    int32_t *n_pos = NULL;
     double part[LSA_INDEXER_PARTS];
     LSA_TRY(open_train(x, m, err));
     draw_rows(x, m, 3, false);
+    if (r.hard_share > 0) LSA_TRY(mine(x, err));
     LSA_TRY(lsa_gpu_launch(x->step, x->row, 1e-4, err));
     LSA_TRY(lsa_gpu_result_take(x->step, &got, err));
     LSA_TRY(LSA_NEW(ours, x->n_param, err));
@@ -271,6 +310,13 @@ static lsa_status verify(setup *x, lsa_err *err) {
     r.batch = m;
     LSA_TRY(lsa_ctx_create(&ref, "ref", err));
     LSA_TRY(lsa_trainer_create(&t, ref, &r, &x->g, x->params, NULL, NULL, 0, err));
+    if (r.hard_share > 0) {
+        LSA_TRY(LSA_NEW(z, x->g.n_layer * m * b.n, err));
+        LSA_TRY(LSA_NEW(n_pos, m, err));
+        LSA_TRY(lsa_gpu_peek(x->step, NULL, n_pos, NULL, NULL, NULL, NULL, err));
+        LSA_TRY(lsa_trainer_score(t, &b, z, err));
+        LSA_TRY(check_hard(x, &b, z, n_pos, err));
+    }
     LSA_TRY(lsa_trainer_step(&want, t, &b, 0, err));
     LSA_TRY(lsa_trainer_grad(t, theirs, err));
     compare(x, ours, theirs, part);
@@ -294,6 +340,8 @@ static lsa_status verify(setup *x, lsa_err *err) {
 done:
     lsa_free(ours);
     lsa_free(theirs);
+    lsa_free(z);
+    lsa_free(n_pos);
     lsa_batch_fini(&b);
     lsa_trainer_destroy(t);
     lsa_ctx_destroy(ref);

@@ -23,4 +23,10 @@ LSA_NODISCARD lsa_status lsa_bench_train(const lsa_bench *b, const char *device,
 /* Evaluation of b->r.batch windows against all chunks of a document. */
 LSA_NODISCARD lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err);
 
+/* Steps on the documents of a shard folder: all of them resident, and with a pool of a quarter of them; says
+ * which of step, readers and disk binds. The shape of b besides heads, rank and recipe comes from the shards.
+ */
+LSA_NODISCARD lsa_status lsa_bench_stream(const lsa_bench *b, const char *data, const char *device,
+                                          lsa_err *err);
+
 #endif

@@ -92,14 +92,16 @@ static lsa_status cmd_config(int argc, char **argv, lsa_err *err) {
  * candidates, and evaluation. */
 static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const char *device = "cuda", *which = NULL;
+    const char *device = "cuda", *which = NULL, *data = NULL;
     int64_t layers = 8, heads = 128, rank = 2048, hidden = 4096, candidates = 2048, chunks = 32768,
             steps = 20;
     bool no_verify = false;
     lsa_multi set = {0};
     lsa_bench b;
     const lsa_opt opts[] = {
-        {"case", "NAME", LSA_OPT_STR, &which, "only this: train, full (all candidates, KL) or eval"},
+        {"case", "NAME", LSA_OPT_STR, &which,
+         "only this: train, full (all candidates, KL), eval, or stream (documents of --data)"},
+        {"data", "SHARDS", LSA_OPT_STR, &data, "shard folder of --case stream"},
         {"layers", "N", LSA_OPT_I64, &layers, "joint layers (default 8)"},
         {"heads", "N", LSA_OPT_I64, &heads, "heads (default 128)"},
         {"rank", "N", LSA_OPT_I64, &rank, "rank (default 2048)"},
@@ -115,8 +117,11 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
     lsa_cli_parse("Measure the GPU step on random documents: one JSON line a case.", "", opts, argc, argv,
                   NULL, 0);
     const bool all = !which;
-    if (which && strcmp(which, "train") && strcmp(which, "full") && strcmp(which, "eval"))
-        LSA_RET_FAIL(LSA_E_ARG, "--case '%s': expected train, full or eval", which);
+    if (which && strcmp(which, "train") && strcmp(which, "full") && strcmp(which, "eval") &&
+        strcmp(which, "stream"))
+        LSA_RET_FAIL(LSA_E_ARG, "--case '%s': expected train, full, eval or stream", which);
+    if (which && !strcmp(which, "stream") && !data)
+        LSA_RET_FAIL(LSA_E_ARG, "--case stream needs --data; see --help");
     LSA_TRY(lsa_bench_default(&b, err));
     b.layers = layers, b.heads = heads, b.rank = rank, b.hidden = hidden, b.candidates = candidates,
     b.chunks = chunks, b.steps = steps;
@@ -127,6 +132,7 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
         b.r.ensemble = LSA_ON_SUM;
     }
     LSA_TRY(lsa_recipe_set(&b.r, lsa_recipe_keys, lsa_recipe_n_key, set.v, set.n, err));
+    if (!all && !strcmp(which, "stream")) return lsa_bench_stream(&b, data, device, err);
     if (!all)
         return !strcmp(which, "eval") ? lsa_bench_eval(&b, device, err) : lsa_bench_train(&b, device, err);
     const int64_t batch[] = {256, 1024, 64};

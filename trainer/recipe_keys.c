@@ -58,6 +58,10 @@ const lsa_key lsa_recipe_keys[] = {
     I64("sample.max_pos", max_pos, "512", 1, 1e6, "positives per sample at most"),
     F64("sample.neg_ratio", neg_ratio, "3", 0, 1e6, "sampled negatives per positive"),
     I64("sample.max_neg", max_neg, "65536", 1, 1e9, "sampled negatives per sample at most"),
+    F64("sample.hard_share", hard_share, "0", 0, 1,
+        "of the sampled negatives: taken from the chunks that the indexer itself ranks highest (GPU, bf16 or fp8)"),
+    I64("sample.hard_every", hard_every, "500", 1, 1e8,
+        "steps after which the hard negatives are ranked anew"),
     BOOL("sample.exclude_resident", exclude_resident, "true",
          "leave out chunks of the tail, which are resident anyway"),
     BOOL("sample.causal", causal, "true", "candidates and positives only among chunks visible at the query"),
@@ -120,6 +124,10 @@ lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
     if (r->micro_batch && r->batch % r->micro_batch)
         LSA_RET_FAIL(LSA_E_CONFIG, "train.micro_batch %lld must divide train.batch %lld",
                      (long long)r->micro_batch, (long long)r->batch);
+    if (r->hard_share > 0 && (r->candidates != LSA_CAND_SAMPLED || r->precision == LSA_PRECISION_F32))
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "sample.hard_share needs sample.candidates: sampled and train.precision bf16 or fp8 (a GPU)");
     if (r->min_lr > r->lr)
         LSA_RET_FAIL(LSA_E_CONFIG, "optim.min_lr %g exceeds optim.lr %g", r->min_lr, r->lr);
     return LSA_OK;

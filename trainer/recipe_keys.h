@@ -22,7 +22,8 @@ typedef struct lsa_recipe {
     int64_t heads, rank;
     int64_t tau, tail, stride;
     int64_t candidates, max_pos, max_neg, order, val_documents, min_layers;
-    double neg_ratio;
+    double neg_ratio, hard_share;
+    int64_t hard_every;
     bool exclude_resident, causal;
     int64_t loss, target, ensemble;
     bool weighted, trivial, by_mass, balance;

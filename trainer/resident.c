@@ -10,7 +10,7 @@
 #include "kernels/core/num.h"
 #include "trainer/block.h"
 
-enum { READERS = 4, BANKS = 2, EVAL_ROWS = 256, EVAL_Z_BYTES = 1 << 30 };
+enum { READERS = LSA_RESIDENT_READERS, BANKS = 2, EVAL_ROWS = 256, EVAL_Z_BYTES = 1 << 30 };
 
 typedef struct bank {
     int64_t epoch, group; /* what it holds; -1 nothing */
@@ -34,8 +34,8 @@ struct lsa_resident {
     lsa_order *o;
     const lsa_recipe *r;
     lsa_indexer_geom g;
-    int64_t n_doc; /* training documents: slots a bank */
-    lsa_gpu_step *step, *eval;
+    int64_t n_doc;                     /* training documents: slots a bank */
+    lsa_gpu_step *step, *eval, *miner; /* miner: scores training documents for hard negatives */
     bank bank[BANKS];
     job job;
     lsa_block block[READERS];
@@ -93,6 +93,7 @@ static lsa_status start(lsa_resident *x, int32_t b, int64_t epoch, int64_t group
     }
     k->epoch = epoch;
     k->group = group;
+    k->last_use = -1;
     j->bank = b;
     j->next = 0;
     j->n_thread = 0;
@@ -167,31 +168,34 @@ lsa_gpu_opts lsa_resident_options(const lsa_recipe *r, int64_t n_slot, int64_t w
     };
     const bool sampled = r->candidates == LSA_CAND_SAMPLED;
     const int64_t most = r->max_pos + lsa_min_i64(r->max_neg, (int64_t)((double)r->max_pos * r->neg_ratio));
-    return (lsa_gpu_opts){.batch = r->batch,
-                          .micro = r->micro_batch ? r->micro_batch : r->batch,
-                          .columns = lsa_max_i64(1, sampled ? lsa_min_i64(most, widest) : widest),
-                          .max_chunk = lsa_max_i64(1, widest),
-                          .n_slot = (int32_t)n_slot,
-                          .sampled = sampled,
-                          .max_pos = r->max_pos,
-                          .max_neg = r->max_neg,
-                          .neg_ratio = r->neg_ratio,
-                          .balance = r->balance,
-                          .seed = (uint64_t)r->seed,
-                          .loss = kind[r->loss],
-                          .on_sum = r->ensemble == LSA_ON_SUM,
-                          .by_mass = r->by_mass,
-                          .smoothing = (float)r->smoothing,
-                          .margin = (float)r->margin,
-                          .beta1 = (float)r->beta1,
-                          .beta2 = (float)r->beta2,
-                          .eps = (float)r->eps,
-                          .weight_decay = (float)r->weight_decay,
-                          .clip = (float)r->clip,
-                          .decay_norm = r->decay_norm,
-                          .bf16_moments = r->moments == LSA_MOMENTS_BF16,
-                          .fp8_query = r->precision == LSA_PRECISION_FP8,
-                          .portable = r->portable};
+    return (lsa_gpu_opts){
+        .batch = r->batch,
+        .micro = r->micro_batch ? r->micro_batch : r->batch,
+        .columns = lsa_max_i64(1, sampled ? lsa_min_i64(most, widest) : widest),
+        .max_chunk = lsa_max_i64(1, widest),
+        .n_slot = (int32_t)n_slot,
+        .sampled = sampled,
+        .max_pos = r->max_pos,
+        .max_neg = r->max_neg,
+        .neg_ratio = r->neg_ratio,
+        .hard_share = r->hard_share,
+        .hard_k = lsa_min_i64(4096, lsa_max_i64(1, (int64_t)((double)(most - r->max_pos) * r->hard_share))),
+        .balance = r->balance,
+        .seed = (uint64_t)r->seed,
+        .loss = kind[r->loss],
+        .on_sum = r->ensemble == LSA_ON_SUM,
+        .by_mass = r->by_mass,
+        .smoothing = (float)r->smoothing,
+        .margin = (float)r->margin,
+        .beta1 = (float)r->beta1,
+        .beta2 = (float)r->beta2,
+        .eps = (float)r->eps,
+        .weight_decay = (float)r->weight_decay,
+        .clip = (float)r->clip,
+        .decay_norm = r->decay_norm,
+        .bf16_moments = r->moments == LSA_MOMENTS_BF16,
+        .fp8_query = r->precision == LSA_PRECISION_FP8,
+        .portable = r->portable};
 }
 
 /* Most chunks that a window of documents [first, last) may choose from, rounded up to whole tiles. */
@@ -239,6 +243,7 @@ void lsa_resident_destroy(lsa_resident *x) {
     if (!x) return;
     lsa_status ignored = finish(x, NULL);
     (void)ignored;
+    lsa_gpu_destroy(x->miner);
     lsa_gpu_destroy(x->eval);
     lsa_gpu_destroy(x->step);
     for (int i = 0; i < READERS; i++) lsa_block_fini(&x->block[i]);
@@ -249,6 +254,27 @@ void lsa_resident_destroy(lsa_resident *x) {
     lsa_free(x->row);
     lsa_free(x->eval_row);
     lsa_free(x);
+}
+
+/* Windows that fit one block of logits. */
+static int64_t rows_for(const lsa_resident *x, int64_t n) {
+    return lsa_max_i64(1, lsa_min_i64(EVAL_ROWS, EVAL_Z_BYTES / (x->g.n_layer * n * 4)));
+}
+
+/* Ranks the hard negatives of the documents in use anew: when `step` says so, and when a group comes into
+ * use. */
+static lsa_status mine(lsa_resident *x, int32_t b, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t n = lsa_max_i64(128, widest_window(x->s, 0, x->n_doc));
+    if (!x->miner) LSA_TRY(lsa_gpu_create_eval(&x->miner, x->step, rows_for(x, n), n, 1, err));
+    for (int64_t d = 0; d < x->n_doc; d++) {
+        int64_t n_window;
+        if (!x->bank[b].held[d]) continue;
+        LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
+        if (n_window) LSA_TRY(lsa_gpu_mine(x->step, x->miner, (int32_t)(b * x->n_doc + d), err));
+    }
+done:
+    return st;
 }
 
 lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa_err *err) {
@@ -262,6 +288,8 @@ lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa
         if (g != group || c->epoch != epoch) {
             if (epoch >= 0) x->bank[b].last_use = x->launched + 1;
             LSA_TRY(need(x, c->epoch, g, &b, err));
+            if (x->r->hard_share > 0 && (step % x->r->hard_every == 0 || x->bank[b].last_use < 0))
+                LSA_TRY(mine(x, b, err));
             group = g;
             epoch = c->epoch;
         }
@@ -322,7 +350,7 @@ static lsa_status open_eval(lsa_resident *x, int64_t first, int64_t last, lsa_er
     lsa_gpu_destroy(x->eval);
     x->eval = NULL;
     const int64_t n = lsa_max_i64(128, widest_window(x->s, first, last));
-    const int64_t rows = lsa_max_i64(1, lsa_min_i64(EVAL_ROWS, EVAL_Z_BYTES / (x->g.n_layer * n * 4)));
+    const int64_t rows = rows_for(x, n);
     for (int64_t d = first; d < last; d++) bytes += lsa_source_doc_bytes(x->s, d);
     x->eval_doc = bytes < x->r->pool_mib << 19 ? last - first : 0;
     LSA_TRY(lsa_gpu_create_eval(&x->eval, x->step, rows, n, (int32_t)lsa_max_i64(1, x->eval_doc), err));

@@ -10,6 +10,8 @@
 #include "kernels/gpu_step.h"
 #include "trainer/eval.h"
 
+enum { LSA_RESIDENT_READERS = 8 }; /* threads that read documents ahead */
+
 typedef struct lsa_resident lsa_resident;
 
 /* The GPU step's options of a recipe, for documents of at most `widest` chunks. */

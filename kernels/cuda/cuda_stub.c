@@ -75,6 +75,10 @@ lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_row *row, floa
     (void)s, (void)m, (void)row, (void)threshold, (void)topk, (void)n_budget, (void)budget, (void)out;
     NO_CUDA;
 }
+lsa_status lsa_gpu_mine(lsa_gpu_step *s, lsa_gpu_step *eval, int32_t slot, lsa_err *err) {
+    (void)s, (void)eval, (void)slot;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_times *out, lsa_err *err) {
     (void)s, (void)repeats, (void)out;
     NO_CUDA;

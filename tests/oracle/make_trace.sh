@@ -19,7 +19,7 @@ trace() { # case recipe [--set ...]
     shift 2
     "$bin/lsa-train" run --recipe "recipes/$recipe.yaml" --data "$work/shards" --out "$work/$name" --device "$device" \
         --set model.heads=8 --set model.rank=32 --set train.batch=8 --set sample.val_documents=0 --set sample.min_layers=2 \
-        --set train.eval_every=0 --set train.save_every=1000 --set train.trace="$work/$name.safetensors" "$@" \
+        --set train.precision=f32 --set train.eval_every=0 --set train.save_every=1000 --set train.trace="$work/$name.safetensors" "$@" \
         2>"$work/$name.log" || { cat "$work/$name.log"; exit 1; }
     mv "$work/$name.safetensors" "$out/$name.safetensors"
     "$python" - "$work/$name" "$out/$name" <<'PY'

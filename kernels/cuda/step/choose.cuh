@@ -1,11 +1,11 @@
-/* Sums over a block of 512 threads and the choice of the k smallest words of a set: integer counts only, so
- * the order of threads does not matter. */
+/* Sums over a block of THREADS threads and the choice of the k smallest words of a set: integer counts only,
+ * so the order of threads does not matter. */
 #ifndef LSA_KERNELS_CUDA_STEP_CHOOSE_CUH
 #define LSA_KERNELS_CUDA_STEP_CHOOSE_CUH
 
 #include <stdint.h>
 
-enum { THREADS = 512, BINS = 2048 };
+enum { BINS = 2048 }; /* THREADS: the including file's block size, which divides BINS */
 
 /* Inclusive sum over the block; *total is the sum of all. */
 static __device__ uint32_t scan(uint32_t v, uint32_t *total) {

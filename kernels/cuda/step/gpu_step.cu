@@ -40,7 +40,9 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
         STEP_NEW(s->freq, 64);
     }
     s->block = (void **)calloc((size_t)o->n_slot, sizeof *s->block);
-    if (!s->block) LSA_RET_FAIL(LSA_E_NOMEM, "out of memory");
+    s->hard = (int32_t **)calloc((size_t)o->n_slot, sizeof *s->hard);
+    s->n_window = (int64_t *)calloc((size_t)o->n_slot, sizeof *s->n_window);
+    if (!s->block || !s->hard || !s->n_window) LSA_RET_FAIL(LSA_E_NOMEM, "out of memory");
     STEP_NEW(s->doc, o->n_slot);
     STEP_NEW(s->row, B);
     STEP_NEW(s->where, B);
@@ -216,13 +218,16 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
     step_gemm_free(s);
     if (s->eval_only) s->p = NULL, s->p16 = NULL, s->freq = NULL;
     for (int i = 0; s->block && i < s->o.n_slot; i++) cudaFree(s->block[i]);
+    for (int i = 0; s->hard && i < s->o.n_slot; i++) cudaFree(s->hard[i]);
     free(s->block);
-    void *const p[] = {s->p,        s->grad,    s->m,       s->v,     s->p16,     s->m16,
-                       s->v16,      s->freq,    s->doc,     s->row,   s->where,   s->cs_table,
-                       s->n_cand,   s->n_pos,   s->cand,    s->y,     s->weight,  s->x,
-                       s->u,        s->qlin,    s->dq,      s->da,    s->dw,      s->a,
-                       s->rstd,     s->w,       s->z,       s->du,    s->dg_part, s->zcopy,
-                       s->row_loss, s->partial, s->control, s->bound, s->eval,    s->row_weight};
+    free(s->hard);
+    free(s->n_window);
+    void *const p[] = {s->p,          s->grad,  s->m,        s->v,       s->p16,      s->m16,    s->v16,
+                       s->freq,       s->doc,   s->row,      s->where,   s->cs_table, s->n_cand, s->n_pos,
+                       s->cand,       s->y,     s->weight,   s->x,       s->u,        s->qlin,   s->dq,
+                       s->da,         s->dw,    s->a,        s->rstd,    s->w,        s->z,      s->du,
+                       s->dg_part,    s->zcopy, s->row_loss, s->partial, s->control,  s->bound,  s->eval,
+                       s->row_weight, s->word};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) cudaFree(p[i]);
     cudaFreeHost(s->desc_host);
     cudaFreeHost(s->result_host);
@@ -237,7 +242,9 @@ extern "C" lsa_status lsa_gpu_pool_put(lsa_gpu_step *s, int32_t slot, const lsa_
                                        lsa_err *err) {
     if (slot < 0 || slot >= s->o.n_slot) LSA_RET_FAIL(LSA_E_ARG, "pool: slot %d of %d", slot, s->o.n_slot);
     if (s->block[slot]) LSA_CUDA(cudaFreeAsync(s->block[slot], s->copy));
+    if (s->hard[slot]) LSA_CUDA(cudaFreeAsync(s->hard[slot], s->copy));
     s->block[slot] = NULL;
+    s->hard[slot] = NULL;
     if (!d) return LSA_OK;
     const cudaError_t e = cudaMallocAsync(&s->block[slot], (size_t)d->bytes, s->copy);
     if (e != cudaSuccess) {
@@ -247,7 +254,8 @@ extern "C" lsa_status lsa_gpu_pool_put(lsa_gpu_step *s, int32_t slot, const lsa_
                      (double)d->bytes / 1048576.0, (long long)d->doc, cudaGetErrorString(e));
     }
     uint8_t *const b = (uint8_t *)s->block[slot];
-    step_doc x;
+    step_doc x = {};
+    s->n_window[slot] = d->n_window;
     x.doc = d->doc, x.n_key = d->n_key, x.n_hidden = d->n_hidden, x.n_window = d->n_window;
     x.key = b + d->key, x.scale = (const float *)(b + d->scale), x.hidden = (const bf16 *)(b + d->hidden);
     x.window = (const lsa_gpu_window *)(b + d->window), x.need_begin = (const int64_t *)(b + d->need_begin);

@@ -6,8 +6,10 @@
  * chunk. Hence no order of threads and no state: trainer/batch.c does the same on the CPU and gets the same
  * chunks. Chosen chunks come in ascending order. */
 #include "kernels/core/rng.h"
-#include "kernels/cuda/step/choose.cuh"
 #include "kernels/cuda/step/step_state.h"
+
+enum { THREADS = 512 };
+#include "kernels/cuda/step/choose.cuh"
 
 static __global__ void prepare_k(const lsa_gpu_row *ring, size_t ring_rows, const step_control *control,
                                  bool from_ring, const step_doc *doc, const float *freq, int half,
@@ -61,6 +63,7 @@ struct sample_args {
     uint64_t seed;
     int64_t n, max_pos, max_neg;
     double neg_ratio, hard_share;
+    int64_t hard_k;
     bool kl, by_mass, balance;
     int32_t *cand, *n_cand, *n_pos;
     float *y, *weight, *row_weight;
@@ -135,10 +138,27 @@ static __global__ void __launch_bounds__(THREADS) sample_k(const __grid_constant
         if (t == 0) a.row_weight[i] = mass > 0 ? a.by_mass ? (float)mass : 1.0f : 0.0f;
     }
 
+    uint32_t n_hard = 0; /* the hardest first, then drawn ones */
+    if (d.hard && a.hard_share > 0) {
+        const int32_t *const hard = d.hard + (int64_t)r.window * a.hard_k;
+        const uint32_t most = (uint32_t)min((int64_t)((double)want * a.hard_share), a.hard_k);
+        count = 0;
+        __syncthreads();
+        for (uint32_t k = t; k < most; k += THREADS)
+            if (hard[k] >= 0) {
+                atomicOr(&taken[hard[k] >> 5], 1u << (hard[k] & 31));
+                a.cand[at + n_pos + k] = hard[k];
+                a.y[at + n_pos + k] = 0.0f;
+                if (a.weight) a.weight[at + n_pos + k] = 1.0f;
+                count++;
+            }
+        scan(count, &n_hard);
+    }
+    const uint32_t draw = want - n_hard;
     c.word = 0xffffffffu, c.ties = 0, c.all_ties = true;
     const int groups = (n_all + 3) / 4;
-    if (want > 0 && want < all_neg)
-        c = choose(want, hist, [&](auto f) {
+    if (draw > 0 && draw < all_neg - n_hard)
+        c = choose(draw, hist, [&](auto f) {
             for (int g = t; g < groups; g += THREADS) {
                 const lsa_u32x4 w = lsa_philox(rng.key, (uint64_t)g, rng.hi);
                 for (int b = 0; b < 4; b++) {
@@ -147,9 +167,9 @@ static __global__ void __launch_bounds__(THREADS) sample_k(const __grid_constant
                 }
             }
         });
-    done = n_pos;
+    done = n_pos + n_hard;
     ties_before = 0;
-    for (int g0 = 0; g0 < groups && want > 0; g0 += THREADS) {
+    for (int g0 = 0; g0 < groups && draw > 0; g0 += THREADS) {
         const int g = g0 + t;
         uint32_t in = 0, tie = 0; /* bit b: chunk 4g + b */
         if (g < groups) {
@@ -250,9 +270,9 @@ lsa_status step_prepare(lsa_gpu_step *s, lsa_err *err) {
                                 (size_t)B, s->control, true, s->doc, s->freq, s->g.rope.dim / 2, s->row,
                                 s->where, s->cs_table);
     const bool kl = o->loss == LSA_STEP_KL;
-    const sample_args a = {s->row,       s->doc,        o->seed, o->columns, o->max_pos,   o->max_neg,
-                           o->neg_ratio, o->hard_share, kl,      o->by_mass, o->balance,   s->cand,
-                           s->n_cand,    s->n_pos,      s->y,    s->weight,  s->row_weight};
+    const sample_args a = {s->row,       s->doc,        o->seed,   o->columns, o->max_pos, o->max_neg,
+                           o->neg_ratio, o->hard_share, o->hard_k, kl,         o->by_mass, o->balance,
+                           s->cand,      s->n_cand,     s->n_pos,  s->y,       s->weight,  s->row_weight};
     if (o->sampled) {
         const int bytes = (int)((o->max_chunk + 31) / 32 * 4);
         LSA_CUDA(cudaFuncSetAttribute(sample_k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -13,7 +13,7 @@
 #include "kernels/cuda/step/score_tile.cuh"
 
 enum { MAX_WG = 2 };
-static const float DP_SCALE = 1024.0f;
+#define DP_SCALE 1024.0f
 
 /* Dynamic shared memory, 1,024-byte aligned; byte offsets for W consumer warpgroups. */
 template <int W> struct grad_memory {
@@ -30,7 +30,7 @@ template <int W> struct grad_memory {
 };
 
 template <int W, bool POINTWISE>
-static __global__ void __launch_bounds__((W + 1) * 128, 1) grad_k(const __grid_constant__ score_args a) {
+static __global__ void __launch_bounds__((W + 2) * 128, 1) grad_k(const __grid_constant__ score_args a) {
 #ifdef LSA_WGMMA
     extern __shared__ uint8_t dynamic[];
     uint8_t *const base = (uint8_t *)(((uintptr_t)dynamic + 1023) & ~(uintptr_t)1023);
@@ -43,18 +43,18 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1) grad_k(const __grid_c
     const int l = blockIdx.y, n_cand = a.n_cand[row], n_tile = (n_cand + TILE - 1) / TILE;
     if (tid == 0)
         for (int s = 0; s < STAGES; s++) {
-            bar_init(mem.full + 8 * s, 128);
+            bar_init(mem.full + 8 * s, PRODUCERS);
             bar_init(mem.empty + 8 * s, W * 128);
         }
     __syncthreads();
-    if (group == W) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W == 2 ? 48 : 56));
+    if (group >= W) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W == 2 ? 48 : 72));
         const step_row r = a.where[row];
         produce(mem, r.key + (int64_t)l * r.n_key * 128, r.scale + (int64_t)l * r.n_key,
-                a.cand ? a.cand + row * a.n : nullptr, n_cand, 0, n_tile, t);
+                a.cand ? a.cand + row * a.n : nullptr, n_cand, 0, n_tile, tid - W * 128);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(W == 2 ? 224 : 232));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(W == 2 ? 208 : 232));
     float *const part = (float *)(base + grad_memory<W>::part);
     float *const dzs = (float *)(base + grad_memory<W>::dz) + group * 2 * TILE;
     const float *const key_scale = (const float *)(base + grad_memory<W>::key_scale);
@@ -227,7 +227,7 @@ template <int HP> struct z_memory { /* HP: heads padded to 64 or 128 */
     };
 };
 
-template <int HP> static __global__ void __launch_bounds__(384, 1) z_k(const __grid_constant__ score_args a) {
+template <int HP> static __global__ void __launch_bounds__(512, 1) z_k(const __grid_constant__ score_args a) {
 #ifdef LSA_WGMMA
     extern __shared__ uint8_t dynamic[];
     uint8_t *const base = (uint8_t *)(((uintptr_t)dynamic + 1023) & ~(uintptr_t)1023);
@@ -243,18 +243,18 @@ template <int HP> static __global__ void __launch_bounds__(384, 1) z_k(const __g
     if (t0 == t1) return;
     if (tid == 0)
         for (int s = 0; s < STAGES; s++) {
-            bar_init(mem.full + 8 * s, 128);
+            bar_init(mem.full + 8 * s, PRODUCERS);
             bar_init(mem.empty + 8 * s, 256);
         }
     __syncthreads();
-    if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(56));
+    if (group >= 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(88));
         const step_row r = a.where[row];
         produce(mem, r.key + (int64_t)l * r.n_key * 128, r.scale + (int64_t)l * r.n_key,
-                a.cand ? a.cand + row * a.n : nullptr, n_cand, t0, t1, t);
+                a.cand ? a.cand + row * a.n : nullptr, n_cand, t0, t1, tid - 256);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(224));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(168));
     float *const weight = (float *)(base + z_memory<HP>::weight);
     const float *const key_scale = (const float *)(base + z_memory<HP>::key_scale);
     if (group * 64 < HP) {
@@ -329,16 +329,16 @@ static lsa_status launch(K *kernel, dim3 grid, int threads, int bytes, cudaStrea
 
 lsa_status score_z_sm90(lsa_gpu_step *s, const score_args *a, int splits, lsa_err *err) {
     const dim3 grid((unsigned)a->rows, (unsigned)a->L, (unsigned)splits);
-    return a->H > 64 ? launch(z_k<128>, grid, 384, z_memory<128>::bytes, s->cs->stream, *a, err)
-                     : launch(z_k<64>, grid, 384, z_memory<64>::bytes, s->cs->stream, *a, err);
+    return a->H > 64 ? launch(z_k<128>, grid, 512, z_memory<128>::bytes, s->cs->stream, *a, err)
+                     : launch(z_k<64>, grid, 512, z_memory<64>::bytes, s->cs->stream, *a, err);
 }
 
 lsa_status score_grad_sm90(lsa_gpu_step *s, const score_args *a, bool pointwise, lsa_err *err) {
     const dim3 grid((unsigned)a->rows, (unsigned)a->L);
     cudaStream_t st = s->cs->stream;
     if (a->H > 64)
-        return pointwise ? launch(grad_k<2, true>, grid, 384, grad_memory<2>::bytes, st, *a, err)
-                         : launch(grad_k<2, false>, grid, 384, grad_memory<2>::bytes, st, *a, err);
-    return pointwise ? launch(grad_k<1, true>, grid, 256, grad_memory<1>::bytes, st, *a, err)
-                     : launch(grad_k<1, false>, grid, 256, grad_memory<1>::bytes, st, *a, err);
+        return pointwise ? launch(grad_k<2, true>, grid, 512, grad_memory<2>::bytes, st, *a, err)
+                         : launch(grad_k<2, false>, grid, 512, grad_memory<2>::bytes, st, *a, err);
+    return pointwise ? launch(grad_k<1, true>, grid, 384, grad_memory<1>::bytes, st, *a, err)
+                     : launch(grad_k<1, false>, grid, 384, grad_memory<1>::bytes, st, *a, err);
 }

@@ -23,7 +23,7 @@ enum {
     KTILE = 2 * HALF,
     RAWTILE = TILE * 128
 };
-enum { STAGES = 3, RAW = 3 };
+enum { STAGES = 3, RAW = 4 };
 
 static __device__ __forceinline__ uint32_t smem_at(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
@@ -114,7 +114,13 @@ static __device__ __forceinline__ void mma_128_reg(float (&d)[64], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* ---- producer: 128 threads ---- */
+/* ---- producers: two warpgroups ---- */
+
+enum {
+    PRODUCERS = 256,
+    PIECES = TILE * 8 / PRODUCERS /* of 16 bytes, for each thread of a tile */,
+    ROW_STEP = PRODUCERS / 8
+};
 
 struct tile_memory { /* addresses in shared memory */
     uint32_t key, raw, key_scale, raw_scale, full, empty;
@@ -127,28 +133,38 @@ static __device__ __forceinline__ void cp_async4(uint32_t dst, const void *src, 
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 
-/* Starts the copies of tile t: thread tid brings piece tid mod 8 of rows tid/8, +16, ...; rows beyond n_cand
- * become zero. */
+/* Which keys this thread brings of a tile; -1 beyond n_cand. Loaded a tile ahead of the copies that need
+ * them. */
+struct tile_rows {
+    int row[PIECES], scale;
+};
+static __device__ __forceinline__ tile_rows rows_of(const int32_t *cand, int n_cand, int t, int tid) {
+    tile_rows r;
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) {
+        const int j = t * TILE + (tid >> 3) + ROW_STEP * k;
+        r.row[k] = j >= n_cand ? -1 : cand ? __ldg(cand + j) : j;
+    }
+    const int j = t * TILE + (tid & (TILE - 1));
+    r.scale = j >= n_cand || tid >= TILE ? -1 : cand ? __ldg(cand + j) : j;
+    return r;
+}
+
+/* Starts the copies of a tile: thread tid brings piece tid mod 8 of rows tid/8, +ROW_STEP, ...; rows beyond
+ * n_cand become zero. */
 static __device__ __forceinline__ void start_tile(const tile_memory &s, const uint8_t *key,
-                                                  const float *scale, const int32_t *cand, int n_cand, int t,
-                                                  int tid) {
-    const uint32_t raw = s.raw + (uint32_t)(t % RAW) * RAWTILE;
+                                                  const float *scale, const tile_rows &r, int slot, int tid) {
+    const uint32_t raw = s.raw + (uint32_t)slot * RAWTILE;
     const int piece = tid & 7, r0 = tid >> 3;
-    int row[8];
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        const int j = t * TILE + r0 + 16 * k;
-        row[k] = j >= n_cand ? -1 : cand ? cand[j] : j;
+    for (int k = 0; k < PIECES; k++) {
+        const int at = r0 + ROW_STEP * k;
+        cp_async16(raw + (uint32_t)(at * 128 + ((piece ^ (at & 7)) << 4)),
+                   key + (int64_t)max(r.row[k], 0) * 128 + piece * 16, r.row[k] < 0 ? 0 : 16);
     }
-    const int js = t * TILE + tid, rs = js >= n_cand ? -1 : cand ? cand[js] : js;
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-        const int r = r0 + 16 * k;
-        cp_async16(raw + (uint32_t)(r * 128 + ((piece ^ (r & 7)) << 4)),
-                   key + (int64_t)(row[k] < 0 ? 0 : row[k]) * 128 + piece * 16, row[k] < 0 ? 0 : 16);
-    }
-    cp_async4(s.raw_scale + (uint32_t)((t % RAW) * TILE + tid) * 4, scale + (rs < 0 ? 0 : rs),
-              rs < 0 ? 0 : 4);
+    if (tid < TILE)
+        cp_async4(s.raw_scale + (uint32_t)(slot * TILE + tid) * 4, scale + max(r.scale, 0),
+                  r.scale < 0 ? 0 : 4);
 }
 
 static __device__ __forceinline__ uint32_t half2_of(uint32_t e4m3x2) {
@@ -161,48 +177,64 @@ static __device__ __forceinline__ uint32_t half2_of(uint32_t e4m3x2) {
 static __device__ __forceinline__ void produce(const tile_memory &s, const uint8_t *key, const float *scale,
                                                const int32_t *cand, int n_cand, int t0, int t1, int tid) {
     const int piece = tid & 7, r0 = tid >> 3;
-    for (int t = t0; t < t0 + RAW - 1; t++) {
-        if (t < t1) start_tile(s, key, scale, cand, n_cand, t, tid);
+    tile_rows next = rows_of(cand, n_cand, t0, tid);
+    for (int k = 0; k < RAW - 1; k++) {
+        if (t0 + k < t1) start_tile(s, key, scale, next, k, tid);
+        next = rows_of(cand, n_cand, t0 + k + 1, tid);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
+    int slot = 0, ahead = RAW - 1, stage = 0;
+    uint32_t parity = 1;
     for (int t = t0; t < t1; t++) {
-        if (t + RAW - 1 < t1) start_tile(s, key, scale, cand, n_cand, t + RAW - 1, tid);
+        if (t + RAW - 1 < t1) start_tile(s, key, scale, next, ahead, tid);
+        next = rows_of(cand, n_cand, t + RAW, tid);
         asm volatile("cp.async.commit_group;" ::: "memory");
         asm volatile("cp.async.wait_group %0;" ::"n"(RAW - 1) : "memory");
-        const int k = t - t0, stage = k % STAGES;
-        bar_wait(s.empty + 8 * stage, (uint32_t)(k / STAGES & 1) ^ 1);
-        const uint32_t raw = s.raw + (uint32_t)(t % RAW) * RAWTILE, dst = s.key + (uint32_t)stage * KTILE;
+        bar_wait(s.empty + 8 * stage, parity);
+        const uint32_t raw = s.raw + (uint32_t)slot * RAWTILE, dst = s.key + (uint32_t)stage * KTILE;
+        uint32_t v[PIECES][4], sc = 0;
 #pragma unroll
-        for (int j = 0; j < 8; j++) { /* a thread converts only what it copied itself */
-            const int r = r0 + 16 * j;
-            uint32_t v[4], h[8];
+        for (int j = 0; j < PIECES; j++) { /* a thread converts only what it copied itself */
+            const int r = r0 + ROW_STEP * j;
             asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                         : "=r"(v[j][0]), "=r"(v[j][1]), "=r"(v[j][2]), "=r"(v[j][3])
                          : "r"(raw + (uint32_t)(r * 128 + ((piece ^ (r & 7)) << 4))));
+        }
+        if (tid < TILE)
+            asm volatile("ld.shared.u32 %0, [%1];"
+                         : "=r"(sc)
+                         : "r"(s.raw_scale + (uint32_t)(slot * TILE + tid) * 4));
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            const int r = r0 + ROW_STEP * j;
+            uint32_t h[8];
 #pragma unroll
             for (int b = 0; b < 4; b++) {
-                h[2 * b] = half2_of(v[b] & 0xFFFF);
-                h[2 * b + 1] = half2_of(v[b] >> 16);
+                h[2 * b] = half2_of(v[j][b] & 0xFFFF);
+                h[2 * b + 1] = half2_of(v[j][b] >> 16);
             }
+            /* the two halves of a tile meet the same banks: pieces 4..7 write their second part first */
             const uint32_t row = dst + (uint32_t)((piece >> 2) * HALF + r * 128);
-            const int c = (piece & 3) * 2;
-            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(row + (uint32_t)((c ^ (r & 7)) << 4)),
-                         "r"(h[0]), "r"(h[1]), "r"(h[2]), "r"(h[3])
-                         : "memory");
-            asm volatile(
-                "st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(row + (uint32_t)(((c + 1) ^ (r & 7)) << 4)),
-                "r"(h[4]), "r"(h[5]), "r"(h[6]), "r"(h[7])
-                : "memory");
+            const int c = (piece & 3) * 2, late = piece >> 2;
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                const bool second = part != late;
+                asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(
+                                 row + (uint32_t)(((c + second) ^ (r & 7)) << 4)),
+                             "r"(second ? h[4] : h[0]), "r"(second ? h[5] : h[1]), "r"(second ? h[6] : h[2]),
+                             "r"(second ? h[7] : h[3])
+                             : "memory");
+            }
         }
-        uint32_t sc;
-        asm volatile("ld.shared.u32 %0, [%1];"
-                     : "=r"(sc)
-                     : "r"(s.raw_scale + (uint32_t)((t % RAW) * TILE + tid) * 4));
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(s.key_scale + (uint32_t)(stage * TILE + tid) * 4),
-                     "r"(sc)
-                     : "memory");
+        if (tid < TILE)
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(s.key_scale + (uint32_t)(stage * TILE + tid) * 4),
+                         "r"(sc)
+                         : "memory");
         proxy_fence();
         bar_arrive(s.full + 8 * stage);
+        slot = slot + 1 == RAW ? 0 : slot + 1;
+        ahead = ahead + 1 == RAW ? 0 : ahead + 1;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 }
 

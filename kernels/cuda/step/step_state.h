@@ -26,6 +26,7 @@ struct step_doc {
     const int64_t *need_begin;
     const int32_t *chunk;
     const float *weight, *mass;
+    const int32_t *hard; /* [n_window, hard_k] hardest first, -1 beyond the last; NULL: none */
 };
 
 /* What a window of the batch needs later: where its keys are. */
@@ -73,6 +74,8 @@ struct lsa_gpu_step {
     /* pool */
     step_doc *doc; /* [n_slot] */
     void **block;  /* host [n_slot]: their memory */
+    int32_t **hard; /* host [n_slot] */
+    int64_t *n_window; /* host [n_slot] */
     cudaStream_t copy;
     /* batch [B] */
     lsa_gpu_row *row;
@@ -97,6 +100,7 @@ struct lsa_gpu_step {
     cudaGraphExec_t graph;
     /* evaluation */
     lsa_gpu_eval_row *eval;
+    uint32_t *word; /* [m,n] scratch of the mining */
 };
 
 enum step_gemm_id { GEMM_A, GEMM_W, GEMM_Q, GEMM_DU, GEMM_DWB, GEMM_DWA, GEMM_DWW };
