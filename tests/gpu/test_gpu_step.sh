@@ -36,20 +36,6 @@ for portable in false true; do
     check --case train --heads 16 --candidates 640 --chunks 4000 --set sample.hard_share=1 --set loss.kind=kl --set loss.on=sum "${p[@]}"
 done
 
-# Index arithmetic beyond 2^31: 2.3e9 logits and 2.3e9 bytes of keys. The whole batch at once against parts that stay below.
-big=(--case full --layers 12 --heads 8 --rank 64 --hidden 64 --chunks 1500032 --steps 1 --no-verify --set train.batch=128)
-if [[ ${LSA_BIG:-1} == 1 ]]; then
-    loss() { grep -o '"loss": [^,]*, "grad_norm": [^,]*' <<<"$1"; }
-    a=$(loss "$("$bin/lsa-train" bench "${big[@]}" 2>&1 | tee /dev/stderr | head -1)")
-    b=$(loss "$("$bin/lsa-train" bench "${big[@]}" --set train.micro_batch=16 2>&1 | tee /dev/stderr | head -1)")
-    "${LSA_PYTHON:-python3}" -c "
-import re, sys
-a, b = ([float(x) for x in re.findall(r'[-0-9.e+]+(?=,|\\Z)', s)] for s in sys.argv[1:3])
-ok = len(a) == 2 and len(b) == 2 and all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(a, b))
-print('beyond 2^31:', a, b, 'ok' if ok else 'FAILED')
-sys.exit(not ok)" "$a" "$b" || fail=1
-fi
-
 # compute-sanitizer on every kernel of the step. cuBLASLt's own kernels are not ours to judge: racecheck names them.
 if command -v compute-sanitizer >/dev/null; then
     sanitize() { # tool options...
@@ -66,10 +52,10 @@ if command -v compute-sanitizer >/dev/null; then
     }
     for tool in memcheck racecheck initcheck; do
         for portable in false true; do
-            sanitize $tool --case train --heads 128 --candidates 300 --chunks 900 --set train.portable=$portable
-            sanitize $tool --case full --heads 32 --chunks 400 --set train.portable=$portable
-            sanitize $tool --case eval --heads 32 --chunks 400 --steps 1 --set train.batch=4 --set train.portable=$portable
-            sanitize $tool --case train --heads 16 --candidates 200 --chunks 900 --set loss.kind=bpr --set sample.hard_share=0.5 \
+            sanitize $tool --case train --heads 128 --candidates 200 --chunks 300 --set train.portable=$portable
+            sanitize $tool --case full --heads 32 --chunks 200 --set train.portable=$portable
+            sanitize $tool --case eval --heads 32 --chunks 200 --steps 1 --set train.batch=2 --set train.portable=$portable
+            sanitize $tool --case train --heads 16 --candidates 130 --chunks 300 --set loss.kind=bpr --set sample.hard_share=0.5 \
                 --set optim.moments=bf16 --set train.portable=$portable
         done
     done
