@@ -1,4 +1,4 @@
-/* Documents as blocks: see block.h. The layout is kernels/gpu_step.h's. */
+/* Documents as blocks: see block.h. The layout is kernels/model/gpu_step.h's. */
 #include "trainer/block.h"
 
 #include <string.h>

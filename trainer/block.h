@@ -2,7 +2,7 @@
 #ifndef LSA_TRAINER_BLOCK_H
 #define LSA_TRAINER_BLOCK_H
 
-#include "kernels/gpu_step.h"
+#include "kernels/model/gpu_step.h"
 #include "trainer/source.h"
 
 typedef struct lsa_block { /* grows, never shrinks; pinned memory */

@@ -1,13 +1,13 @@
 /* Training on a GPU with documents resident there: the pool that reading threads fill ahead of the steps, the
  * steps, and the evaluation. Same windows, samples and rules as batch.h and step.h; the CPU computes in f32,
- * the GPU as kernels/gpu_step.h says.
+ * the GPU as kernels/model/gpu_step.h says.
  *
  * The pool holds two groups of documents (batch.h): one in use, one on its way; or all documents, if they
  * fit. Which windows a step asks depends on recipe and data alone, never on timing. */
 #ifndef LSA_TRAINER_RESIDENT_H
 #define LSA_TRAINER_RESIDENT_H
 
-#include "kernels/gpu_step.h"
+#include "kernels/model/gpu_step.h"
 #include "trainer/eval.h"
 
 enum { LSA_RESIDENT_READERS = 8 }; /* threads that read documents ahead */

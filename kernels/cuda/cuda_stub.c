@@ -1,6 +1,6 @@
 /* Stands in for the CUDA backend in builds without nvcc, so that callers need no #ifdef. */
 #include "kernels/backend.h"
-#include "kernels/gpu_step.h"
+#include "kernels/model/gpu_step.h"
 
 lsa_status lsa_cuda_open(lsa_ctx *c, int index, lsa_err *err) {
     (void)c;

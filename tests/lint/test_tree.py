@@ -15,7 +15,8 @@ ALLOWED = {
     "kernels": CORE | OPS | {"kernels/ref", "kernels/cpu", "kernels/cuda"},
     "kernels/ref": CORE | OPS | {"kernels/ref"},
     "kernels/cpu": CORE | OPS | {"kernels/cpu", "kernels/ref"},
-    "kernels/cuda": CORE | OPS | {"kernels/cuda"},
+    "kernels/cuda": CORE | OPS | MODEL | {"kernels/cuda"},
+    "kernels/cuda/step": CORE | MODEL | {"kernels/cuda", "kernels/cuda/step"},
     "kernels/model": CORE | OPS | MODEL,
     "data": CORE | MODEL | DATA,
     "trainer": CORE | OPS | MODEL | DATA | {"trainer", "kernels/cpu"},
@@ -60,12 +61,10 @@ def vendor_headers(tree):
 def guards(tree):
     for path, text in tree.items():
         if path.endswith(".h"):
-            name = path[:-2].replace("kernels/core/", "kernels/core/")
-            want = "LSA_" + re.sub(r"[^A-Z0-9]", "_", name.upper())
+            want = "LSA_" + re.sub(r"[^A-Z0-9]", "_", path[:-2].upper())
             public = os.path.basename(path).startswith("lsa_")
-            short = re.sub(r"[^A-Z0-9]", "_", os.path.basename(path)[:-2].upper()) + "_H"
             if f"#ifndef {want}_H\n" not in text and not (public and re.search(r"#ifndef LSA_[A-Z0-9_]+_H\n", text)):
-                yield f"{path}: expected the guard {want}_H (or {short} in a public header)"
+                yield f"{path}: expected the guard {want}_H (or LSA_*_H in a public header)"
 
 
 def headings(tree):

@@ -1,5 +1,5 @@
-/* The step put together: memory, pool, graph. See kernels/gpu_step.h. The order of a step: descriptors ->
- * samples -> per micro-batch (hidden vectors -> projections -> scores, loss, query gradients -> weight
+/* The step put together: memory, pool, graph. See kernels/model/gpu_step.h. The order of a step: descriptors
+ * -> samples -> per micro-batch (hidden vectors -> projections -> scores, loss, query gradients -> weight
  * gradients) -> norm, decision -> AdamW. */
 #include <stdlib.h>
 #include <string.h>

@@ -1,9 +1,9 @@
-/* The GPU step's memory and kernels. Internal to kernels/cuda/step. See kernels/gpu_step.h.
+/* The GPU step's memory and kernels. Internal to kernels/cuda/step. See kernels/model/gpu_step.h.
  *
  * Sizes: L layers, m windows of a micro-batch, B of the batch, H heads, r rank, d hidden, n columns.
  * Everything of one kind holds all layers, layer-major. */
-#ifndef LSA_KERNELS_CUDA_STEP_STATE_H
-#define LSA_KERNELS_CUDA_STEP_STATE_H
+#ifndef LSA_KERNELS_CUDA_STEP_STEP_STATE_H
+#define LSA_KERNELS_CUDA_STEP_STEP_STATE_H
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,7 +11,7 @@
 #include "kernels/cuda/cuda_state.h"
 
 extern "C" {
-#include "kernels/gpu_step.h"
+#include "kernels/model/gpu_step.h"
 }
 
 typedef __nv_bfloat16 bf16;
@@ -72,9 +72,9 @@ struct lsa_gpu_step {
     bf16 *p16, *m16, *v16;
     float *freq;
     /* pool */
-    step_doc *doc; /* [n_slot] */
-    void **block;  /* host [n_slot]: their memory */
-    int32_t **hard; /* host [n_slot] */
+    step_doc *doc;     /* [n_slot] */
+    void **block;      /* host [n_slot]: their memory */
+    int32_t **hard;    /* host [n_slot] */
     int64_t *n_window; /* host [n_slot] */
     cudaStream_t copy;
     /* batch [B] */

@@ -7,8 +7,8 @@
  * accumulation; queries and keys f16 on the tensor cores of sm_90 (f32 elsewhere); gradients of queries bf16.
  * Deterministic: same inputs, same bits. Errors: LSA_E_NOMEM, LSA_E_DEVICE, LSA_E_CONFIG (a shape this path
  * does not have), LSA_E_UNSUPPORTED in builds without CUDA. One thread at a time, except where said. */
-#ifndef LSA_KERNELS_GPU_STEP_H
-#define LSA_KERNELS_GPU_STEP_H
+#ifndef LSA_KERNELS_MODEL_GPU_STEP_H
+#define LSA_KERNELS_MODEL_GPU_STEP_H
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -1,5 +1,5 @@
 /* The part of the GPU step that needs no GPU. */
-#include "kernels/gpu_step.h"
+#include "kernels/model/gpu_step.h"
 
 #include "kernels/core/num.h"
 
