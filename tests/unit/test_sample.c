@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "kernels/core/file.h"
+#include "kernels/core/rng.h"
 #include "tests/testkit/hand_shards.h"
 #include "trainer/batch.h"
 
@@ -271,6 +272,104 @@ static void test_epochs(void **state) {
     }
 }
 
+/* With room for one document at a time, shuffled windows stay inside their group; groups part the documents;
+ * every window is still asked once an epoch, from any cursor. */
+static void test_groups(void **state) {
+    (void)state;
+    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], "sample.order=shuffled"};
+    bench x;
+    lsa_err err = {0};
+    open_bench(&x, 64, set, 4);
+    assert_int_equal(lsa_order_groups(x.o, 0), 1); /* everything fits the default pool */
+    lsa_order_destroy(x.o);
+    x.r.pool_mib = 0;
+    assert_int_equal(lsa_order_create(&x.o, x.s, &x.r, &err), LSA_OK);
+    const int64_t n = lsa_order_epoch_windows(x.o);
+    int64_t at[64] = {0};
+    for (int64_t e = 0; e < 2; e++) {
+        const int64_t n_group = lsa_order_groups(x.o, e);
+        bool in_group[HAND_DOCS] = {false};
+        assert_int_equal(n_group, HAND_DOCS);
+        for (int64_t g = 0; g < n_group; g++) {
+            const int64_t *doc;
+            assert_int_equal(lsa_order_group_docs(x.o, e, g, &doc), 1);
+            assert_false(in_group[doc[0]]);
+            in_group[doc[0]] = true;
+        }
+        uint8_t seen[HAND_DOCS][16] = {{0}};
+        int64_t last = -1;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t *mine;
+            int64_t doc, w;
+            assert_int_equal(lsa_order_next(&doc, &w, x.o, &x.c, NULL), LSA_OK);
+            const int64_t g = lsa_order_group(x.o, x.c.index - 1);
+            assert_true(g >= last);
+            last = g;
+            assert_int_equal(lsa_order_group_docs(x.o, e, g, &mine), 1);
+            assert_int_equal(mine[0], doc);
+            assert_false(seen[doc][w]++);
+            if (e == 0) at[i] = 100 * doc + w;
+        }
+    }
+    for (int64_t i = n - 1; i >= 0; i -= 3) { /* any cursor, backwards */
+        int64_t doc, w;
+        x.c = (lsa_cursor){0, i};
+        assert_int_equal(lsa_order_next(&doc, &w, x.o, &x.c, NULL), LSA_OK);
+        assert_int_equal(100 * doc + w, at[i]);
+    }
+    close_bench(&x);
+}
+
+/* The drawn negatives are those whose words are smallest: philox(mix(mix(seed, 202), epoch), chunk / 4,
+ * mix(document, query)). The rule is part of the format of a run: the GPU draws by it too. */
+static void test_draw_rule(void **state) {
+    (void)state;
+    const char *set[] = {LOOK[0],
+                         LOOK[1],
+                         LOOK[2],
+                         "loss.kind=focal",
+                         "sample.candidates=sampled",
+                         "sample.max_pos=4",
+                         "sample.neg_ratio=2"};
+    bench x;
+    open_bench(&x, 64, set, 7);
+    next(&x);
+    for (int64_t i = 0; i < x.b.m; i++) {
+        const int32_t *cand = x.b.cand + i * x.b.n;
+        const uint64_t key = lsa_mix64(lsa_mix64((uint64_t)x.r.seed, 202), 0),
+                       hi = lsa_mix64((uint64_t)x.b.doc[i], (uint64_t)x.b.position[i]);
+        uint32_t largest = 0;
+        int64_t n_pos = 0, below = 0;
+        while (n_pos < x.b.n_cand[i] && x.b.y[i * x.b.n + n_pos] > 0) n_pos++;
+        for (int64_t j = n_pos; j < x.b.n_cand[i]; j++) {
+            const uint32_t w = lsa_philox(key, (uint64_t)cand[j] >> 2, hi).v[cand[j] & 3];
+            if (w > largest) largest = w;
+            assert_true(j == n_pos || cand[j] > cand[j - 1]);
+        }
+        /* every chunk with a smaller word is drawn or golden: count those that are neither */
+        for (int32_t c = 0; c < (x.b.start[i] - 128) / 4; c++) {
+            bool drawn = false;
+            for (int64_t j = 0; j < x.b.n_cand[i]; j++) drawn = drawn || cand[j] == c;
+            below += !drawn && lsa_philox(key, (uint64_t)c >> 2, hi).v[c & 3] < largest;
+        }
+        lsa_window w;
+        const lsa_train_doc *d;
+        uint8_t votes[1024];
+        assert_int_equal(lsa_source_get(&d, x.s, x.b.doc[i], NULL), LSA_OK);
+        assert_int_equal(lsa_window_at(&w, x.s, d, (x.b.start[i] - 192) / 64, NULL), LSA_OK);
+        assert_int_equal(w.start, x.b.start[i]);
+        lsa_window_needs(NULL, votes, x.s, d, &w);
+        for (int32_t c = 0; c < w.n_cand;
+             c++) { /* golden ones beyond max_pos are neither drawn nor negatives */
+            bool drawn = false;
+            for (int64_t j = 0; j < x.b.n_cand[i]; j++) drawn = drawn || cand[j] == c;
+            below -= votes[c] && !drawn && lsa_philox(key, (uint64_t)c >> 2, hi).v[c & 3] < largest;
+        }
+        assert_int_equal(below, 0);
+    }
+    close_bench(&x);
+}
+
 /* What a window draws does not depend on how the run got there: batch size, resuming at a cursor, or the
  * cache. */
 static void test_pure(void **state) {
@@ -329,6 +428,8 @@ int main(void) {
         cmocka_unit_test(test_lookahead_sampled),
         cmocka_unit_test(test_reference),
         cmocka_unit_test(test_epochs),
+        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_draw_rule),
         cmocka_unit_test(test_pure),
         cmocka_unit_test(test_nothing_to_train_on),
     };
