@@ -11,6 +11,7 @@
 #include "data/teacher.h"
 #include "export/card.h"
 #include "export/golden.h"
+#include "kernels/core/csa_list.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/mem.h"
 
@@ -106,18 +107,8 @@ done:
 static lsa_status pick_layers(lsa_indexer_geom *g, const lsa_teacher_config *c, const char *layers,
                               lsa_err *err) {
     bool want[LSA_MAX_CSA] = {false};
-    if (!strcmp(layers, "all"))
-        for (int32_t o = 0; o < c->n_csa; o++) want[o] = true;
-    for (const char *p = strcmp(layers, "all") ? layers : ""; *p;) {
-        char *end;
-        const long v = strtol(p, &end, 10);
-        if (end == p || v < 0 || v >= c->n_csa || (*end && *end != ','))
-            LSA_RET_FAIL(LSA_E_ARG,
-                         "--layers '%s': expected all, or CSA ordinals in [0, %d] with commas between",
-                         layers, c->n_csa - 1);
-        want[v] = true;
-        p = *end ? end + 1 : end;
-    }
+    const lsa_status st = lsa_csa_list(want, layers, c->n_csa, LSA_E_ARG, "--layers", err);
+    if (st != LSA_OK) return st;
     for (int32_t o = 0; o < c->n_csa; o++)
         if (want[o]) {
             g->ord[g->n_layer].v = o;

@@ -255,7 +255,7 @@ static lsa_status check_hard(const setup *x, const lsa_batch *b, const float *z,
                              lsa_err *err) {
     for (int64_t i = 0; i < b->m; i++) {
         const int64_t want = b->n_cand[i] - n_pos[i], hard = (int64_t)((double)want * x->o.hard_share);
-        double least = INFINITY, most = -INFINITY, size = 0;
+        double least = (double)INFINITY, most = -(double)INFINITY, size = 0;
         for (int64_t j = n_pos[i]; j < b->n_cand[i]; j++) {
             double sum = 0;
             for (int32_t l = 0; l < x->g.n_layer; l++) sum += (double)z[(l * b->m + i) * b->n + j];

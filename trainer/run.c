@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "data/ckpt.h"
+#include "kernels/core/csa_list.h"
 #include "kernels/core/clock.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
@@ -60,18 +61,9 @@ static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_
     g->eps = 1e-6f;
     g->rope = f->rope;
     bool want[LSA_MAX_CSA] = {false};
-    if (!strcmp(r->layers, "all"))
-        for (int32_t o = 0; o < f->n_csa; o++) want[o] = f->has_keys[o];
-    for (const char *p = strcmp(r->layers, "all") ? r->layers : ""; *p;) {
-        char *end;
-        const long v = strtol(p, &end, 10);
-        if (end == p || v < 0 || v >= f->n_csa || (*end && *end != ','))
-            LSA_FAIL(LSA_E_CONFIG,
-                     "model.layers '%s': expected all, or CSA ordinals in [0, %d] with commas between",
-                     r->layers, f->n_csa - 1);
-        want[v] = true;
-        p = *end ? end + 1 : end;
-    }
+    LSA_TRY(lsa_csa_list(want, r->layers, f->n_csa, LSA_E_CONFIG, "model.layers", err));
+    for (int32_t o = 0; o < f->n_csa; o++) /* all: those the shards hold */
+        if (!strcmp(r->layers, "all")) want[o] = f->has_keys[o];
     for (int32_t o = 0; o < f->n_csa; o++)
         if (want[o]) {
             g->ord[g->n_layer].v = o;

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/core/csa_list.h"
 #include "kernels/core/clock.h"
 #include "kernels/core/file.h"
 #include "kernels/core/hash.h"
@@ -94,19 +95,7 @@ static lsa_status make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const lsa_
     if (c->index_head_dim != 128)
         LSA_FAIL(LSA_E_UNSUPPORTED, "the teacher's index keys have %d channels; shards hold keys of 128",
                  c->index_head_dim);
-    if (!strcmp(o->layers, "all")) {
-        for (int32_t i = 0; i < c->n_csa; i++) r->has_keys[i] = true;
-        goto done;
-    }
-    for (const char *p = o->layers; *p;) {
-        char *end;
-        long v = strtol(p, &end, 10);
-        if (end == p || v < 0 || v >= c->n_csa || (*end && *end != ','))
-            LSA_FAIL(LSA_E_ARG, "--layers '%s': expected 'all' or CSA ordinals in [0, %d], comma between",
-                     o->layers, c->n_csa - 1);
-        r->has_keys[v] = true;
-        p = *end ? end + 1 : end;
-    }
+    LSA_TRY(lsa_csa_list(r->has_keys, o->layers, c->n_csa, LSA_E_ARG, "--layers", err));
 done:
     return st;
 }

@@ -2,6 +2,7 @@
  * a mapping of optional strings. */
 #include "kernels/core/recipe.h"
 
+#include <limits.h>
 #include <cyaml/cyaml.h>
 #include <errno.h>
 #include <stdio.h>
@@ -137,9 +138,12 @@ static int distance(const char *a, const char *b) { /* Levenshtein, short string
 }
 
 static lsa_status unknown_key(const lsa_key *keys, int n, const char *name, const char *where, lsa_err *err) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (distance(keys[i].name, name) < distance(keys[best].name, name)) best = i;
+    const bool bare = !strchr(name, '.'); /* a section's own key */
+    int best = 0, least = INT_MAX;
+    for (int i = 0; i < n; i++) {
+        const int d = distance(bare ? strchr(keys[i].name, '.') + 1 : keys[i].name, name);
+        if (d < least) best = i, least = d;
+    }
     LSA_RET_FAIL(LSA_E_CONFIG, "%s: unknown key '%.80s'; did you mean '%s'? ('lsa-train config' lists all)",
                  where, name, keys[best].name);
 }
@@ -218,13 +222,7 @@ static lsa_status yaml_failed(const lsa_key *keys, int n, const char *msg, const
                 LSA_RET_FAIL(LSA_E_CONFIG, "%s: key '%s' stands in the wrong section; it is '%s'", where,
                              name, keys[i].name);
         }
-        int best = 0;
-        for (int i = 1; i < n; i++)
-            if (distance(strchr(keys[i].name, '.') + 1, name) <
-                distance(strchr(keys[best].name, '.') + 1, name))
-                best = i;
-        LSA_RET_FAIL(LSA_E_CONFIG, "%s: unknown key '%s'; did you mean '%s'? ('lsa-train config' lists all)",
-                     where, name, keys[best].name);
+        return unknown_key(keys, n, name, where, err);
     }
     LSA_RET_FAIL(LSA_E_CONFIG, "%s: not a valid recipe: %s", where, msg);
 }

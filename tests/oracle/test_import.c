@@ -23,8 +23,6 @@ enum { N = 384, D = 128, LAYERS = 3, WIDTH = 256 };
 static char g_dir[] = "/tmp/lsa-import-XXXXXX";
 
 typedef struct check {
-    lsa_indexer_geom g;
-    const float *params;
     float *z; /* [LAYERS, N, N/4] native logits */
     float *hidden, *iq, *iw;
     int heads;
@@ -106,7 +104,7 @@ static void test_import(void **state) {
         lsa_session_create(&s, e, &(lsa_session_opts){.max_tokens = N}, &err) != LSA_OK)
         fail_msg("%s", err.msg);
     assert_int_equal(ck.geom.n_layer, LAYERS);
-    check c = {.g = ck.geom, .params = ck.params, .heads = ck.geom.n_head};
+    check c = {.heads = ck.geom.n_head};
     c.z = LSA_GEN_NEW(float, LAYERS *N *(N / 4)), c.hidden = LSA_GEN_NEW(float, LAYERS *N *WIDTH);
     c.iq = LSA_GEN_NEW(float, LAYERS *N *c.heads *D), c.iw = LSA_GEN_NEW(float, LAYERS *N *c.heads);
     const lsa_taps taps = {.user = &c, .csa = on_csa};

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/h5.h"
 #include "kernels/core/dtype.h"
 #include "kernels/core/file.h"
 #include "kernels/core/num.h"
@@ -18,11 +19,14 @@ static const int64_t LEN[FIX_DOCS] = {40, 3, 64, 9};
 static char g_dir[64];
 lsa_err fix_err;
 
-int shard_fixture_begin(void) {
+int shard_fixture_begin(void **state) {
+    (void)state;
+    lsa_h5_init();
     snprintf(g_dir, sizeof g_dir, "/tmp/lsa-shard.XXXXXX");
     return mkdtemp(g_dir) ? 0 : -1;
 }
-int shard_fixture_end(void) {
+int shard_fixture_end(void **state) {
+    (void)state;
     return lsa_remove_tree(g_dir, NULL) == LSA_OK ? 0 : -1;
 }
 

@@ -17,8 +17,8 @@ typedef struct shard_fixture {
 } shard_fixture;
 
 /* A folder for all fixtures of a test program, and its removal. 0 is success, as cmocka's setup wants. */
-int shard_fixture_begin(void);
-int shard_fixture_end(void);
+int shard_fixture_begin(void **state);
+int shard_fixture_end(void **state);
 
 shard_fixture shard_fixture_make(const char *name);
 void shard_fixture_free(shard_fixture *x);

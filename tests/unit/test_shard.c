@@ -191,18 +191,8 @@ static void test_disk_full(void **state) {
     shard_fixture_free(&x);
 }
 
-static int setup(void **s) {
-    (void)s;
-    lsa_h5_init();
-    return shard_fixture_begin();
-}
-static int teardown(void **s) {
-    (void)s;
-    return shard_fixture_end();
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_round_trip), cmocka_unit_test(test_threads),
                                        cmocka_unit_test(test_equal_bytes), cmocka_unit_test(test_disk_full)};
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, shard_fixture_begin, shard_fixture_end);
 }

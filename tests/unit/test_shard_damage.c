@@ -464,21 +464,11 @@ static void test_manifest_text(void **state) {
     shard_fixture_free(&x);
 }
 
-static int setup(void **s) {
-    (void)s;
-    lsa_h5_init();
-    return shard_fixture_begin();
-}
-static int teardown(void **s) {
-    (void)s;
-    return shard_fixture_end();
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_truncated),      cmocka_unit_test(test_flipped_data),
         cmocka_unit_test(test_flipped_head),   cmocka_unit_test(test_flipped_anywhere),
         cmocka_unit_test(test_lies),           cmocka_unit_test(test_lying_table),
         cmocka_unit_test(test_lying_manifest), cmocka_unit_test(test_manifest_text)};
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, shard_fixture_begin, shard_fixture_end);
 }
