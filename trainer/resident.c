@@ -53,8 +53,14 @@ struct lsa_resident {
 static void *reader(void *arg) {
     lsa_resident *const x = arg;
     job *const j = &x->job;
+    lsa_err why = {0};
+    const lsa_status begun = lsa_gpu_thread_begin(x->step, &why);
     pthread_mutex_lock(&j->lock);
     lsa_block *const block = &x->block[j->n_thread++];
+    if (begun != LSA_OK) {
+        j->st = begun;
+        j->err = why;
+    }
     while (j->next < j->n && j->st == LSA_OK) {
         const int64_t i = j->next++;
         lsa_err err = {0};

@@ -16,7 +16,7 @@ typedef struct lsa_resident lsa_resident;
 
 /* The GPU step's options of a recipe, for documents of at most `widest` chunks. */
 lsa_gpu_opts lsa_resident_options(const lsa_recipe *r, int64_t n_slot, int64_t widest);
-/* Borrows source, order, recipe and context. */
+/* Borrows source, order (NULL: evaluation only), recipe and context. */
 LSA_NODISCARD lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, lsa_order *o,
                                              const lsa_recipe *r, const lsa_indexer_geom *g,
                                              const float *params, const float *m, const float *v,

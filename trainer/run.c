@@ -483,7 +483,6 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     lsa_source *source = NULL;
     lsa_trainer *t = NULL;
     lsa_resident *gpu = NULL;
-    lsa_order *order = NULL;
     lsa_shards_info f;
     LSA_TRY(lsa_ckpt_load(&c, ckpt, false, err));
     if (json_object_get(c.state, "recipe"))
@@ -501,8 +500,7 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     if (lsa_ctx_kind(ctx) == LSA_BACKEND_CUDA && r->precision != LSA_PRECISION_F32) {
         r->batch = 8; /* the training half of the step is not used */
         r->micro_batch = 0;
-        LSA_TRY(lsa_order_create(&order, source, r, err));
-        LSA_TRY(lsa_resident_create(&gpu, ctx, source, order, r, &c.geom, c.params, NULL, NULL, 0, err));
+        LSA_TRY(lsa_resident_create(&gpu, ctx, source, NULL, r, &c.geom, c.params, NULL, NULL, 0, err));
         LSA_TRY(lsa_resident_evaluate(out, gpu, first, last, err));
     } else {
         LSA_TRY(lsa_trainer_create(&t, ctx, r, &c.geom, c.params, NULL, NULL, 0, err));
@@ -513,7 +511,6 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
                  data);
 done:
     lsa_resident_destroy(gpu);
-    lsa_order_destroy(order);
     lsa_trainer_destroy(t);
     lsa_source_close(source);
     lsa_ctx_destroy(ctx);

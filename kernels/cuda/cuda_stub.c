@@ -28,6 +28,10 @@ lsa_status lsa_gpu_create_eval(lsa_gpu_step **out, lsa_gpu_step *s, int64_t wind
 void lsa_gpu_destroy(lsa_gpu_step *s) {
     (void)s;
 }
+lsa_status lsa_gpu_thread_begin(const lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_pool_put(lsa_gpu_step *s, int32_t slot, const lsa_gpu_doc *d, const void *block,
                             lsa_err *err) {
     (void)s, (void)slot, (void)d, (void)block;

@@ -91,6 +91,8 @@ LSA_NODISCARD lsa_status lsa_gpu_create_eval(lsa_gpu_step **out, lsa_gpu_step *s
                                              int64_t columns, int32_t n_slot, lsa_err *err);
 void lsa_gpu_destroy(lsa_gpu_step *s);
 
+/* Once in every other thread that calls put, wait or host_alloc: CUDA's current device is a thread's own. */
+LSA_NODISCARD lsa_status lsa_gpu_thread_begin(const lsa_gpu_step *s, lsa_err *err);
 /* Pool: put copies a host block (pinned memory for speed) into fresh device memory and makes it slot `slot`;
  * what the slot held before is released (d NULL: that only). It may return before the copy ends: the block
  * must stay until lsa_gpu_pool_wait. The caller sees to it that no step in flight uses the slot. put and wait

@@ -238,6 +238,11 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
 
 /* ---- pool ---- */
 
+extern "C" lsa_status lsa_gpu_thread_begin(const lsa_gpu_step *s, lsa_err *err) {
+    LSA_CUDA(cudaSetDevice(s->cs->device));
+    return LSA_OK;
+}
+
 extern "C" lsa_status lsa_gpu_pool_put(lsa_gpu_step *s, int32_t slot, const lsa_gpu_doc *d, const void *block,
                                        lsa_err *err) {
     if (slot < 0 || slot >= s->o.n_slot) LSA_RET_FAIL(LSA_E_ARG, "pool: slot %d of %d", slot, s->o.n_slot);
