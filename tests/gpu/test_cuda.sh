@@ -2,12 +2,8 @@
 # The CUDA column on a GPU: the same op tests and gradient oracle as the CPU column, loss curves against PyTorch's, bit-equal reruns, a kill
 # and resume, and compute-sanitizer. Skipped (77) without a GPU; LSA_REQUIRE=gpu turns that into a failure.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+. "$(dirname "$0")/../testkit/gpu.sh"
 build=${LSA_BUILD:?}
-bin=${LSA_BIN:?}
-skip() { echo "skipped: $*"; [[ ${LSA_REQUIRE:-} == *gpu* ]] && exit 1; exit 77; }
-command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || skip "no GPU"
-"$bin/lsa-train" --version | grep -q 'CUDA *OFF' && skip "built without CUDA"
 work=$(mktemp -d /tmp/lsa-gpu-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 export LSA_BACKEND=cuda
@@ -18,7 +14,7 @@ for t in "${tests[@]}"; do
     "$t" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
     echo "$(basename "$t"): $(grep -a PASSED "$work/log")"
 done
-LSA_CURVE_DEVICES=cuda "${LSA_PYTHON:-python3}" tests/oracle/test_reference_curve.py
+LSA_CURVE_DEVICES=cuda "$python" tests/oracle/test_reference_curve.py
 
 "$bin/lsa-dump" synth --out "$work/shards" --docs 6 --tokens 1024 --layers 3 --seed 5 >/dev/null
 train=("$bin/lsa-train" run --recipe recipes/smoke.yaml --data "$work/shards" --device cuda --set train.steps=60 --set train.save_every=20)
@@ -45,7 +41,7 @@ if command -v compute-sanitizer >/dev/null; then
     for t in "${tests[@]}"; do check memcheck "$t"; done
     for tool in memcheck racecheck; do
         rm -rf "$work/s"
-        check $tool "${train[@]}" --out "$work/s" --set train.steps=2
+        check $tool "${train[@]}" --out "$work/s" --set train.steps=2 --set train.precision=f32 # the GPU step: test_gpu_step.sh
     done
 else
     echo "compute-sanitizer is not installed: memory checks not run"

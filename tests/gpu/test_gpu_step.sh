@@ -2,11 +2,7 @@
 # The GPU step (samples, products, scores, losses, gradients) against the `ref` column on random documents: heads 8 to 128, every loss,
 # both candidate modes, the sm_90 and the portable kernels, fp8 queries, micro-batches. Skipped (77) without a GPU.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-bin=${LSA_BIN:?}
-skip() { echo "skipped: $*"; [[ ${LSA_REQUIRE:-} == *gpu* ]] && exit 1; exit 77; }
-command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || skip "no GPU"
-"$bin/lsa-train" --version | grep -q 'CUDA *OFF' && skip "built without CUDA"
+. "$(dirname "$0")/../testkit/gpu.sh"
 small=(--steps 0 --layers 2 --rank 64 --hidden 128)
 fail=0
 check() {

@@ -3,12 +3,7 @@
 # the mini teacher's shards; two runs bit-equal; a rotating pool (documents read while training) bit-equal to one that holds them all,
 # fp8 queries and bf16 moments close to f32. Skipped (77) without a GPU.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-bin=${LSA_BIN:?}
-python=${LSA_PYTHON:-python3}
-skip() { echo "skipped: $*"; [[ ${LSA_REQUIRE:-} == *gpu* ]] && exit 1; exit 77; }
-command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || skip "no GPU"
-"$bin/lsa-train" --version | grep -q 'CUDA *OFF' && skip "built without CUDA"
+. "$(dirname "$0")/../testkit/gpu.sh"
 work=$(mktemp -d /tmp/lsa-gpu-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 
