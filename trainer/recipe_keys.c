@@ -61,7 +61,7 @@ const lsa_key lsa_recipe_keys[] = {
     F64("sample.hard_share", hard_share, "0", 0, 1,
         "of the sampled negatives: taken from the chunks that the indexer itself ranks highest (GPU, bf16 or fp8)"),
     I64("sample.hard_every", hard_every, "500", 1, 1e8,
-        "steps after which the hard negatives are ranked anew"),
+        "steps after which the hard negatives are ranked anew (also when a run resumes, which is then not bit-exact)"),
     BOOL("sample.exclude_resident", exclude_resident, "true",
          "leave out chunks of the tail, which are resident anyway"),
     BOOL("sample.causal", causal, "true", "candidates and positives only among chunks visible at the query"),
