@@ -32,6 +32,7 @@ lsa_status lsa_ensemble_parse(lsa_ensemble *out, const char *s, lsa_err *err) {
 void lsa_indexer_file_fini(lsa_indexer_file *f) {
     lsa_free(f->params);
     json_decref(f->train);
+    json_decref(f->calibration);
     memset(f, 0, sizeof *f);
 }
 
@@ -39,7 +40,7 @@ lsa_status lsa_indexer_file_save(const lsa_indexer_file *f, const char *dir, lsa
     lsa_status st = LSA_OK;
     lsa_st_entry e[LSA_MAX_CSA * LSA_INDEXER_PARTS];
     char name[LSA_MAX_CSA * LSA_INDEXER_PARTS][64], path[LSA_PATH_MAX],
-        *geom_text = NULL, *select_text = NULL, *train_text = NULL;
+        *geom_text = NULL, *select_text = NULL, *train_text = NULL, *calib_text = NULL;
     json_t *geom = NULL, *select = NULL;
     const size_t flags = JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17);
     int64_t n = 0;
@@ -51,23 +52,34 @@ lsa_status lsa_indexer_file_save(const lsa_indexer_file *f, const char *dir, lsa
             e[n] = (lsa_st_entry){name[n], LSA_F32, t.n_dim, {t.shape[0], t.shape[1]}, f->params + t.offset};
         }
     LSA_TRY(lsa_geom_to_json(&geom, &f->geom, err));
-    select =
-        json_pack("{s:s, s:I, s:I, s:f, s:s}", "ensemble", ENSEMBLE[f->ensemble], "tau", (json_int_t)f->tau,
-                  "tail", (json_int_t)f->tail, "threshold", f->threshold, "calibration", "none");
+    select = json_pack("{s:s, s:I, s:I, s:f}", "ensemble", ENSEMBLE[f->ensemble], "tau", (json_int_t)f->tau,
+                       "tail", (json_int_t)f->tail, "threshold", f->threshold);
     geom_text = json_dumps(geom, flags);
     select_text = json_dumps(select, flags);
     train_text = f->train ? json_dumps(f->train, flags) : strdup("{}");
-    if (!geom_text || !select_text || !train_text)
+    if (f->calibration) calib_text = json_dumps(f->calibration, flags);
+    if (!geom_text || !select_text || !train_text || (f->calibration && !calib_text))
         LSA_FAIL(LSA_E_NOMEM, "cannot format the metadata of the indexer");
-    const char *meta[] = {"format",       "pt",       "lsa.format", FORMAT,
-                          "lsa.geometry", geom_text,  "lsa.select", select_text,
-                          "lsa.train",    train_text, NULL};
+    const char *meta[] = {"format",
+                          "pt",
+                          "lsa.format",
+                          FORMAT,
+                          "lsa.geometry",
+                          geom_text,
+                          "lsa.select",
+                          select_text,
+                          "lsa.train",
+                          train_text,
+                          calib_text ? "lsa.calibration" : NULL,
+                          calib_text,
+                          NULL};
     LSA_TRY(lsa_path(path, err, "%s/indexer.safetensors", dir));
     LSA_TRY(lsa_st_save(path, e, n, meta, err));
 done:
     free(geom_text);
     free(select_text);
     free(train_text);
+    free(calib_text);
     json_decref(geom);
     json_decref(select);
     return st;
@@ -125,6 +137,8 @@ lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *
     LSA_TRY(lsa_json_i64_in(&f->tail, 0, INT64_C(1) << 32, select, "tail", path, err));
     LSA_TRY(lsa_json_f64(&f->threshold, select, "threshold", path, err));
     LSA_TRY(read_meta(&f->train, s, "lsa.train", path, err));
+    if (lsa_st_metadata(s, "lsa.calibration"))
+        LSA_TRY(read_meta(&f->calibration, s, "lsa.calibration", path, err));
     LSA_TRY(check_names(s, &f->geom, path, err));
     LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
     for (int32_t l = 0; l < f->geom.n_layer; l++)

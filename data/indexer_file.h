@@ -3,7 +3,8 @@
  * indexer.safetensors holds exactly
  * retrievers.l{ord}.{wq_a.weight,wq_b.weight,q_norm_weight,weights_proj.weight} in fp32 and string metadata:
  * format=pt, lsa.format=lsa-indexer/1, lsa.geometry (JSON), lsa.select (JSON: ensemble sum|mean|max, tau,
- * tail, threshold), lsa.train (JSON: step, recipe hash, data hash, teacher name+hash, max trained position).
+ * tail, threshold), lsa.train (JSON: step, recipe hash, data hash, teacher name+hash, max trained position),
+ * and lsa.calibration (JSON) once calibrated.
  */
 #ifndef LSA_DATA_INDEXER_FILE_H
 #define LSA_DATA_INDEXER_FILE_H
@@ -22,9 +23,10 @@ typedef struct lsa_indexer_file {
     lsa_indexer_geom geom;
     float *params; /* host, flat order of the parameter table; owned */
     lsa_ensemble ensemble;
-    int64_t tau, tail; /* tokens, as trained */
-    double threshold;  /* on the mean or max of sigmoids; 0.5 uncalibrated */
-    json_t *train;     /* provenance, owned; may be NULL on write */
+    int64_t tau, tail;   /* tokens, as trained */
+    double threshold;    /* on the mean or max of sigmoids; 0.5 uncalibrated */
+    json_t *train;       /* provenance, owned; may be NULL on write */
+    json_t *calibration; /* what lsa-export calibrate measured (export/EXPORT_FORMAT.md), owned; NULL: none */
 } lsa_indexer_file;
 
 LSA_NODISCARD lsa_status lsa_indexer_file_load(lsa_indexer_file *out, const char *dir, lsa_err *err);

@@ -11,14 +11,14 @@
 static lsa_status cmd_write(int argc, char **argv, lsa_err *err) {
     const char *ckpt, *out = NULL, *ensemble = "sum";
     double threshold = 0.5;
-    bool force = false;
+    lsa_export_options o = {0};
     const lsa_opt opts[] = {
         {"out", "INDEXER", LSA_OPT_STR, &out, "folder to write"},
         {"ensemble", "RULE", LSA_OPT_STR, &ensemble,
          "how servers combine the layers: sum of logits, mean or max of sigmoids (default sum)"},
         {"threshold", "X", LSA_OPT_F64, &threshold,
          "recorded threshold on the sigmoid (default 0.5, uncalibrated)"},
-        {"force", NULL, LSA_OPT_FLAG, &force, "replace an existing indexer"},
+        {"force", NULL, LSA_OPT_FLAG, &o.force, "replace an existing indexer"},
         {0}};
     lsa_ensemble e;
     lsa_cli_parse(
@@ -28,7 +28,7 @@ static lsa_status cmd_write(int argc, char **argv, lsa_err *err) {
     lsa_status st = lsa_ensemble_parse(&e, ensemble, err);
     if (st == LSA_OK && !(threshold >= 0 && threshold <= 1))
         LSA_RET_FAIL(LSA_E_ARG, "--threshold must be in [0, 1], found %g", threshold);
-    if (st == LSA_OK) st = lsa_export_write(ckpt, out, e, threshold, force, err);
+    if (st == LSA_OK) st = lsa_export_write(ckpt, out, e, threshold, &o, err);
     if (st == LSA_OK) lsa_info("wrote %s/indexer.safetensors, golden.safetensors and README.md", out);
     return st;
 }

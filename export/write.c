@@ -9,7 +9,6 @@
 
 #include "data/ckpt.h"
 #include "data/teacher.h"
-#include "export/card.h"
 #include "export/golden.h"
 #include "kernels/core/csa_list.h"
 #include "kernels/core/hash.h"
@@ -31,26 +30,12 @@ static json_t *provenance(const json_t *state, int64_t step) {
     return o;
 }
 
-static lsa_status check_target(const char *out, bool force, lsa_err *err) {
-    char path[LSA_PATH_MAX];
-    lsa_status st = lsa_path(path, err, "%s/indexer.safetensors", out);
-    if (st != LSA_OK || !lsa_exists(out)) return st;
-    if (!lsa_exists(path))
-        LSA_RET_FAIL(LSA_E_ARG, "'%s' exists and is not an exported indexer; choose another --out", out);
-    if (!force) LSA_RET_FAIL(LSA_E_ARG, "'%s' already holds an indexer; give --force to replace it", out);
-    return LSA_OK;
-}
-
 lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ensemble, double threshold,
-                            bool force, lsa_err *err) {
+                            const lsa_export_options *o, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_ckpt c = {0};
     lsa_indexer_file f = {0};
-    char target[LSA_PATH_MAX], tmp[LSA_PATH_MAX], path[LSA_PATH_MAX], *card = NULL;
-    double worst;
-    LSA_TRY(lsa_path(target, err, "%s", out));
-    for (size_t n = strlen(target); n > 1 && target[n - 1] == '/'; n--) target[n - 1] = 0;
-    LSA_TRY(check_target(target, force, err));
+    LSA_TRY(lsa_export_check_target(out, o->force, err)); /* before the checkpoint is read */
     LSA_TRY(lsa_ckpt_load(&c, ckpt, false, err));
     f = (lsa_indexer_file){.geom = c.geom,
                            .params = c.params,
@@ -60,20 +45,8 @@ lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ense
                            .threshold = threshold,
                            .train = provenance(c.state, c.step)};
     c.params = NULL;
-    LSA_TRY(lsa_path(tmp, err, "%s.tmp", target));
-    LSA_TRY(lsa_remove_tree(tmp, err));
-    LSA_TRY(lsa_mkdirs(tmp, err));
-    LSA_TRY(lsa_indexer_file_save(&f, tmp, err));
-    LSA_TRY(lsa_golden_vectors_write(&f, tmp, err));
-    LSA_TRY(lsa_card_text(&card, &f, err));
-    LSA_TRY(lsa_path(path, err, "%s/README.md", tmp));
-    LSA_TRY(lsa_write_file(path, card, strlen(card), err));
-    LSA_TRY(lsa_export_verify(tmp, c.dir, &worst, err)); /* read back before the final name exists */
-    LSA_TRY(lsa_fsync_path(tmp, err));
-    if (lsa_exists(target)) LSA_TRY(lsa_remove_tree(target, err));
-    LSA_TRY(lsa_rename_durable(tmp, target, err));
+    LSA_TRY(lsa_export_folder(&f, out, o, c.dir, err));
 done:
-    lsa_free(card);
     lsa_indexer_file_fini(&f);
     lsa_ckpt_fini(&c);
     return st;

@@ -3,12 +3,11 @@
 #define LSA_EXPORT_WRITE_H
 
 #include "data/indexer_file.h"
+#include "export/folder.h"
 
-/* Writes INDEXER/ (indexer.safetensors, golden.safetensors, README.md) as a temporary folder that is renamed
- * at the end. Equal checkpoints give equal bytes. force: replace an existing indexer; any other existing
- * folder is refused. */
+/* Writes INDEXER/ from a checkpoint: see folder.h. */
 LSA_NODISCARD lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ensemble,
-                                          double threshold, bool force, lsa_err *err);
+                                          double threshold, const lsa_export_options *o, lsa_err *err);
 
 /* Golden vectors, names, shapes, finiteness; and against `ckpt` bit by bit unless NULL. *worst: largest
  * difference of a stage. */
