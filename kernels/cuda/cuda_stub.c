@@ -83,6 +83,10 @@ lsa_status lsa_gpu_mine(lsa_gpu_step *s, lsa_gpu_step *eval, int32_t slot, lsa_e
     (void)s, (void)eval, (void)slot;
     NO_CUDA;
 }
+lsa_status lsa_gpu_guards(lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_times *out, lsa_err *err) {
     (void)s, (void)repeats, (void)out;
     NO_CUDA;
