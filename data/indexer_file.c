@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "data/ckpt.h"
+#include "data/geom_json.h"
 #include "data/lsa_safetensors.h"
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
