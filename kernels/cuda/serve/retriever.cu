@@ -71,6 +71,7 @@ extern "C" lsa_status lsa_gpu_retriever_create(lsa_gpu_retriever **out, lsa_ctx 
     x->max_chunks = max_chunks;
     LSA_CUDA(cudaGetDeviceProperties(&prop, x->cs->device));
     x->n_sm = prop.multiProcessorCount;
+    x->chained = prop.major >= 9;
     sm90 = prop.major == 9 && prop.minor == 0 && !portable;
     x->form = !sm90 || path == LSA_PATH_F32 ? SERVE_F32 : path == LSA_PATH_FP8 ? SERVE_FP8 : SERVE_F16;
     x->heads = x->form == SERVE_F32 ? g->n_head : g->n_head <= 64 ? 64 : 128;
@@ -82,7 +83,7 @@ extern "C" lsa_status lsa_gpu_retriever_create(lsa_gpu_retriever **out, lsa_ctx 
     lsa_rope_freqs(freq, &g->rope);
     LSA_TRY(lsa_ctx_upload(ctx, x->weights->p, params, (size_t)lsa_indexer_n_param(g) * sizeof(float), err));
     LSA_TRY(lsa_ctx_upload(ctx, x->weights->freq, freq, (size_t)(g->rope.dim / 2) * sizeof(float), err));
-    LSA_TRY(x->form == SERVE_F32 ? serve_prepare_any(x, err) : serve_prepare_sm90(x, err));
+    if (x->form != SERVE_F32) LSA_TRY(serve_prepare_sm90(x, err));
     LSA_TRY(work_memory(x, err));
     *out = x;
     x = NULL;
@@ -98,7 +99,7 @@ extern "C" lsa_status lsa_gpu_retriever_clone(lsa_gpu_retriever **out, const lsa
     lsa_gpu_retriever *x = (lsa_gpu_retriever *)calloc(1, sizeof *x);
     if (!x) LSA_FAIL(LSA_E_NOMEM, "out of host memory for a retriever");
     x->ctx = from->ctx, x->cs = from->cs, x->g = from->g, x->path = from->path, x->form = from->form;
-    x->max_batch = from->max_batch, x->heads = from->heads, x->n_sm = from->n_sm;
+    x->chained = from->chained, x->max_batch = from->max_batch, x->heads = from->heads, x->n_sm = from->n_sm;
     x->max_chunks = from->max_chunks;
     x->weights = from->weights;
     x->weights->users++;

@@ -33,6 +33,7 @@ static __global__ void __launch_bounds__(THREADS)
     __shared__ __align__(16) float qs[HEADS_AT_ONCE * 128];
     __shared__ float ws[HEADS_AT_ONCE];
     const int64_t i = blockIdx.y;
+    serve_wait();
     const lsa_gpu_keys mine = keys[i];
     const int64_t n = mine.n_chunk < most ? mine.n_chunk : most;
     for (int64_t first = (int64_t)blockIdx.x * THREADS; first < n; first += (int64_t)gridDim.x * THREADS) {
@@ -63,17 +64,12 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-lsa_status serve_prepare_any(lsa_gpu_retriever *x, lsa_err *err) {
-    (void)x, (void)err;
-    return LSA_OK;
-}
-
 lsa_status serve_score_any(lsa_gpu_retriever *x, int32_t layer, int32_t m, const lsa_gpu_keys *keys,
                            float *logit, int64_t ld, cudaStream_t s, lsa_err *err) {
     const int64_t most = ld < x->max_chunks ? ld : x->max_chunks,
                   first = (int64_t)layer * x->max_batch * x->heads, tiles = (most + THREADS - 1) / THREADS,
                   fill = 16 * (int64_t)x->n_sm / m + 1;
-    score_k<<<dim3((unsigned)(tiles < fill ? tiles : fill), (unsigned)m), THREADS, 0, s>>>(
-        keys, (const float *)x->q + first * 128, x->w + first, x->g.n_head, most, logit, ld);
-    LSA_LAUNCHED("score");
+    return serve_launch(x, s, "score", err, score_k,
+                        dim3((unsigned)(tiles < fill ? tiles : fill), (unsigned)m), THREADS, 0, keys,
+                        (const float *)x->q + first * 128, x->w + first, x->g.n_head, most, logit, ld);
 }

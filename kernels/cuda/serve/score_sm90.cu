@@ -203,6 +203,7 @@ static __global__ void __launch_bounds__(layout<HEADS, FP8>::threads, 1)
             bar_init(empty + 8 * k, 128); /* one warpgroup empties a tile */
         }
     __syncthreads();
+    serve_wait();
     if (tid >= at::groups * 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FP8 ? 56 : 96));
         produce(a, s + at::key, s + at::scale, full, empty, tid - at::groups * 128);
@@ -260,8 +261,8 @@ static __global__ void __launch_bounds__(layout<HEADS, FP8>::threads, 1)
 template <int HEADS, bool FP8>
 static lsa_status run(const lsa_gpu_retriever *x, const score_args &a, cudaStream_t s, lsa_err *err) {
     typedef layout<HEADS, FP8> at;
-    score_k<HEADS, FP8><<<(unsigned)x->n_sm, at::threads, at::bytes, s>>>(a);
-    LSA_LAUNCHED("score");
+    return serve_launch(x, s, "score", err, score_k<HEADS, FP8>, dim3((unsigned)x->n_sm), at::threads,
+                        at::bytes, a);
 }
 
 template <int HEADS, bool FP8> static lsa_status prepare(lsa_err *err) {

@@ -108,6 +108,7 @@ static __device__ __forceinline__ void mark(const select_args &a, int64_t i, int
 
 /* Scores of a block's chunks; with `now`, a threshold without a cap, also their marks. */
 static __global__ void __launch_bounds__(THREADS) score_k(const __grid_constant__ select_args a, bool now) {
+    serve_wait();
     const int64_t i = blockIdx.y, n = chunks_of(a, i), first = (int64_t)blockIdx.x * SERVE_BLOCK;
     const span e = evictable(a.rule, n);
     if (first >= n && blockIdx.x > 0) return;
@@ -129,6 +130,7 @@ static __global__ void __launch_bounds__(THREADS) score_k(const __grid_constant_
 /* Counts, for keys that agree with the bits found so far, the next 13 bits. */
 static __global__ void __launch_bounds__(THREADS) histogram_k(const __grid_constant__ select_args a) {
     __shared__ uint32_t bin[SERVE_BINS];
+    serve_wait();
     const int64_t i = blockIdx.y, n = chunks_of(a, i), first = (int64_t)blockIdx.x * SERVE_BLOCK;
     const serve_bound b = a.bound[i];
     const span e = evictable(a.rule, n);
@@ -153,6 +155,7 @@ static __global__ void __launch_bounds__(THREADS) histogram_k(const __grid_const
 static __global__ void __launch_bounds__(1024) bin_k(const __grid_constant__ select_args a) {
     enum { OWN = SERVE_BINS / 1024 };
     __shared__ uint32_t warp_sum[32];
+    serve_wait();
     const int64_t i = blockIdx.x;
     const int t = threadIdx.x, lane = t & 31, top = SERVE_BINS - 1 - t * OWN;
     serve_bound *const at = &a.bound[i];
@@ -193,6 +196,7 @@ static __global__ void __launch_bounds__(1024) bin_k(const __grid_constant__ sel
 }
 
 static __global__ void __launch_bounds__(THREADS) mark_k(const __grid_constant__ select_args a) {
+    serve_wait();
     const int64_t i = blockIdx.y, n = chunks_of(a, i), first = (int64_t)blockIdx.x * SERVE_BLOCK;
     if (first >= n && blockIdx.x > 0) return;
     uint64_t bound = a.bound[i].found;
@@ -211,6 +215,7 @@ static __global__ void __launch_bounds__(THREADS) mark_k(const __grid_constant__
 /* Ids of a block's marks, after those of the blocks before. */
 static __global__ void __launch_bounds__(THREADS) write_k(const __grid_constant__ select_args a) {
     __shared__ uint32_t part[THREADS / 32], offset[SERVE_BLOCK / 32];
+    serve_wait();
     const int64_t i = blockIdx.y, n = chunks_of(a, i), first = (int64_t)blockIdx.x * SERVE_BLOCK;
     if (first >= n && blockIdx.x > 0) return;
     const int t = threadIdx.x, lane = t & 31;
@@ -248,6 +253,7 @@ static __global__ void __launch_bounds__(THREADS) write_k(const __grid_constant_
 /* A warp a page: how many of its chunks are above the threshold, then the highest score, then the lower page.
  */
 static __global__ void __launch_bounds__(THREADS) page_key_k(const __grid_constant__ select_args a) {
+    serve_wait();
     const int64_t i = blockIdx.y, n = chunks_of(a, i),
                   page = (int64_t)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
     const int lane = threadIdx.x & 31;
@@ -291,12 +297,15 @@ static __device__ uint32_t scan(uint32_t v, uint32_t *total) {
     return before + upto - v;
 }
 
-/* The k best pages of a request, ascending: the k-th key by 8 bits a pass, then one ordered walk. */
+/* The k best pages of a request, ascending: the k-th key by 11 bits a pass, then one ordered walk. A thread
+ * keeps its first keys (all, up to a million tokens) in registers. */
 static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ select_args a) {
-    __shared__ uint32_t bin[256];
+    enum { DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / 1024, KEPT = 4 };
+    __shared__ uint32_t bin[BINS];
     __shared__ uint64_t found_at;
     __shared__ int64_t k_at;
     __shared__ int done;
+    serve_wait();
     const int64_t i = blockIdx.x, n = chunks_of(a, i), n_page = (n + LSA_PAGE_CHUNKS - 1) / LSA_PAGE_CHUNKS;
     const int t = threadIdx.x;
     const uint64_t *const key = a.page_key + i * a.page_stride;
@@ -312,23 +321,36 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
         if (t == 0) a.n_out[i] = 0;
         return;
     }
+    uint64_t mine[KEPT];
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) mine[j] = t + j * 1024 < n_page ? key[t + j * 1024] : 0;
     if (t == 0) found_at = 0, k_at = k0, done = k0 == n_page;
     __syncthreads();
-    for (int shift = 56; shift >= 0 && !done; shift -= 8) {
+    for (int above = 64, shift = 64 - 9; above > 0 && !done; above = shift, shift -= DIGIT) {
         const uint64_t found = found_at;
         const int64_t k = k_at;
-        if (t < 256) bin[t] = 0;
+        const auto count = [&](uint64_t x) {
+            if (above == 64 || x >> above == found >> above) atomicAdd(&bin[x >> shift & (BINS - 1)], 1u);
+        };
+        for (int j = t; j < BINS; j += 1024) bin[j] = 0;
         __syncthreads();
-        for (int64_t p = t; p < n_page; p += 1024)
-            if (shift == 56 || key[p] >> (shift + 8) == found >> (shift + 8))
-                atomicAdd(&bin[key[p] >> shift & 255], 1u);
+#pragma unroll
+        for (int j = 0; j < KEPT; j++)
+            if (t + j * 1024 < n_page) count(mine[j]);
+        for (int64_t p = t + KEPT * 1024; p < n_page; p += 1024) count(key[p]);
         __syncthreads();
-        uint32_t total;
-        const uint32_t v = t < 256 ? bin[255 - t] : 0, before = scan(v, &total);
-        if (before < k && k <= (int64_t)before + v) {
-            found_at = found | (uint64_t)(255 - t) << shift;
-            k_at = k - before;
-            done = k - before == v;
+        uint32_t total, v[OWN], sum = 0;
+#pragma unroll
+        for (int j = 0; j < OWN; j++) sum += v[j] = bin[BINS - 1 - t * OWN - j];
+        uint32_t before = scan(sum, &total);
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            if (before < k && k <= (int64_t)before + v[j]) {
+                found_at = found | (uint64_t)(BINS - 1 - t * OWN - j) << shift;
+                k_at = k - before;
+                done = k - before == v[j];
+            }
+            before += v[j];
         }
         __syncthreads();
     }
@@ -345,16 +367,9 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
     if (t == 0) a.n_out[i] = (int32_t)min(written, a.ld_out);
 }
 
-extern "C" lsa_status lsa_gpu_retriever_select(lsa_gpu_retriever *x, int32_t m, const lsa_select_rule *rule,
-                                               const float *logit, int64_t ld, const int64_t *n_chunk,
-                                               int32_t *out, int64_t ld_out, int32_t *n_out, void *stream,
-                                               lsa_err *err) {
-    const lsa_status st = lsa_select_check(rule, err);
-    if (st != LSA_OK) return st;
-    if (m < 0 || m > x->max_batch) LSA_RET_FAIL(LSA_E_ARG, "requests: at most %d, found %d", x->max_batch, m);
-    if (m == 0) return LSA_OK;
-    LSA_CUDA(cudaSetDevice(x->cs->device));
-    const cudaStream_t s = (cudaStream_t)stream;
+static select_args arguments(const lsa_gpu_retriever *x, int32_t m, const lsa_select_rule *rule,
+                             const float *logit, int64_t ld, const int64_t *n_chunk, int32_t *out,
+                             int64_t ld_out, int32_t *n_out) {
     select_args a = {};
     a.rule = *rule;
     a.logit = logit;
@@ -371,22 +386,37 @@ extern "C" lsa_status lsa_gpu_retriever_select(lsa_gpu_retriever *x, int32_t m, 
     a.code = x->code, a.mask = x->mask, a.count = x->count, a.histogram = x->histogram;
     a.page_key = x->page_key;
     a.bound = x->bound;
+    return a;
+}
+
+extern "C" lsa_status lsa_gpu_retriever_select(lsa_gpu_retriever *x, int32_t m, const lsa_select_rule *rule,
+                                               const float *logit, int64_t ld, const int64_t *n_chunk,
+                                               int32_t *out, int64_t ld_out, int32_t *n_out, void *stream,
+                                               lsa_err *err) {
+    lsa_status st = lsa_select_check(rule, err);
+    if (st != LSA_OK) return st;
+    if (m < 0 || m > x->max_batch) LSA_RET_FAIL(LSA_E_ARG, "requests: at most %d, found %d", x->max_batch, m);
+    if (m == 0) return LSA_OK;
+    LSA_CUDA(cudaSetDevice(x->cs->device));
+    const cudaStream_t s = (cudaStream_t)stream;
+    select_args a = arguments(x, m, rule, logit, ld, n_chunk, out, ld_out, n_out);
     const dim3 blocks((unsigned)((a.most + SERVE_BLOCK - 1) / SERVE_BLOCK), (unsigned)m);
+    const bool now = rule->mode == LSA_SELECT_THRESHOLD && rule->cap == 0;
     if (rule->mode == LSA_SELECT_PAGES) {
         const int64_t at_once = THREADS / 32, pages = (a.most + LSA_PAGE_CHUNKS - 1) / LSA_PAGE_CHUNKS;
-        page_key_k<<<dim3((unsigned)((pages + at_once - 1) / at_once), (unsigned)m), THREADS, 0, s>>>(a);
-        pages_k<<<(unsigned)m, 1024, 0, s>>>(a);
-        LSA_LAUNCHED("select pages");
+        LSA_TRY(serve_launch(x, s, "page keys", err, page_key_k,
+                             dim3((unsigned)((pages + at_once - 1) / at_once), (unsigned)m), THREADS, 0, a));
+        return serve_launch(x, s, "pages", err, pages_k, dim3((unsigned)m), 1024, 0, a);
     }
-    const bool now = rule->mode == LSA_SELECT_THRESHOLD && rule->cap == 0;
-    score_k<<<blocks, THREADS, 0, s>>>(a, now);
+    LSA_TRY(serve_launch(x, s, "scores", err, score_k, blocks, THREADS, 0, a, now));
     if (!now) {
         for (int bits = 64; bits > 0; bits -= bits == 64 ? 12 : SERVE_DIGIT) {
-            histogram_k<<<blocks, THREADS, 0, s>>>(a);
-            bin_k<<<(unsigned)m, 1024, 0, s>>>(a);
+            LSA_TRY(serve_launch(x, s, "histogram", err, histogram_k, blocks, THREADS, 0, a));
+            LSA_TRY(serve_launch(x, s, "bin", err, bin_k, dim3((unsigned)m), 1024, 0, a));
         }
-        mark_k<<<blocks, THREADS, 0, s>>>(a);
+        LSA_TRY(serve_launch(x, s, "marks", err, mark_k, blocks, THREADS, 0, a));
     }
-    write_k<<<blocks, THREADS, 0, s>>>(a);
-    LSA_LAUNCHED("select");
+    return serve_launch(x, s, "ids", err, write_k, blocks, THREADS, 0, a);
+done:
+    return st;
 }

@@ -33,6 +33,7 @@ struct lsa_gpu_retriever {
     lsa_indexer_geom g;
     lsa_query_path path;
     serve_form form;
+    bool chained; /* kernels may start while the one before ends (sm_90 and later): serve_wait */
     int32_t max_batch, heads, n_sm; /* heads: H rounded up to what the kernel multiplies (64 or 128) */
     int64_t max_chunks;
     serve_weights *weights;
@@ -63,7 +64,37 @@ lsa_status serve_score_any(lsa_gpu_retriever *x, int32_t layer, int32_t m, const
 lsa_status serve_score_sm90(lsa_gpu_retriever *x, int32_t layer, int32_t m, const lsa_gpu_keys *keys,
                             float *logit, int64_t ld, cudaStream_t s, lsa_err *err);
 /* More shared memory than 48 KiB is allowed once, at create. */
-lsa_status serve_prepare_any(lsa_gpu_retriever *x, lsa_err *err);
 lsa_status serve_prepare_sm90(lsa_gpu_retriever *x, lsa_err *err);
+
+/* Kernels here are short: the start of the next one hides behind the end of the one before. Every kernel
+ * calls serve_wait before it touches memory: what came before is then complete and visible. */
+static __device__ __forceinline__ void serve_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <typename... PARAMETERS, typename... VALUES>
+static lsa_status serve_launch(const lsa_gpu_retriever *x, cudaStream_t s, const char *name, lsa_err *err,
+                               void (*kernel)(PARAMETERS...), dim3 grid, unsigned threads, size_t shared,
+                               VALUES... values) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t c = {};
+    c.gridDim = grid;
+    c.blockDim = dim3(threads);
+    c.dynamicSmemBytes = shared;
+    c.stream = s;
+    c.attrs = &early;
+    c.numAttrs = x->chained ? 1 : 0;
+    const cudaError_t e = cudaLaunchKernelEx(&c, kernel, (PARAMETERS)values...);
+    if (e != cudaSuccess) {
+        cudaGetLastError();
+        LSA_RET_FAIL(LSA_E_DEVICE, "kernel %s: %s", name, cudaGetErrorString(e));
+    }
+    return LSA_OK;
+}
 
 #endif
