@@ -140,6 +140,11 @@ lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *
     if (lsa_st_metadata(s, "lsa.calibration"))
         LSA_TRY(read_meta(&f->calibration, s, "lsa.calibration", path, err));
     LSA_TRY(check_names(s, &f->geom, path, err));
+    int64_t bytes; /* before memory is taken for a damaged geometry: a number needs a byte at least */
+    LSA_TRY(lsa_file_size(&bytes, path, err));
+    if (lsa_indexer_n_param(&f->geom) > bytes)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': its geometry asks for %lld numbers, the file has %lld bytes", path,
+                 (long long)lsa_indexer_n_param(&f->geom), (long long)bytes);
     LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
     for (int32_t l = 0; l < f->geom.n_layer; l++)
         for (int p = 0; p < LSA_INDEXER_PARTS; p++) {

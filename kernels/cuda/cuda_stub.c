@@ -111,6 +111,10 @@ lsa_status lsa_gpu_retriever_clone(lsa_gpu_retriever **out, const lsa_gpu_retrie
 void lsa_gpu_retriever_destroy(lsa_gpu_retriever *x) {
     (void)x;
 }
+int64_t lsa_gpu_retriever_bytes(const lsa_gpu_retriever *x) {
+    (void)x;
+    return 0;
+}
 lsa_status lsa_gpu_retriever_query(lsa_gpu_retriever *x, int32_t layer, int32_t m, const uint16_t *hidden,
                                    const int64_t *position, void *stream, lsa_err *err) {
     (void)x, (void)layer, (void)m, (void)hidden, (void)position, (void)stream;

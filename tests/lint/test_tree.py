@@ -22,7 +22,7 @@ ALLOWED = {
     "data": CORE | MODEL | DATA,
     "trainer": CORE | OPS | MODEL | DATA | {"trainer", "kernels/cpu"},
     "export": CORE | OPS | MODEL | DATA | {"export", "kernels/cpu"},
-    "export/abi": CORE | OPS | MODEL | DATA | {"export/abi"},
+    "export/abi": CORE | OPS | MODEL | DATA | {"export/abi", "kernels/cpu"},
     "infer": CORE | OPS | MODEL | DATA | {"infer", "kernels/cpu"},
 }
 VENDOR = [(r"^(cuda|cublas|cudnn)", r"^kernels/cuda/"), (r"^hdf5", r"^data/h5\.[ch]$"), (r"^nccl", r"^kernels/comm/"),

@@ -3,11 +3,12 @@
 
 #include "kernels/cuda/serve/serve_state.h"
 
-#define NEW(p, n)                                                                                            \
+#define NEW(p, n, bytes)                                                                                     \
     do {                                                                                                     \
         void *x_ = NULL;                                                                                     \
         LSA_TRY(lsa_ctx_alloc_(x->ctx, &x_, (int64_t)(n), sizeof *(p), #p, err));                            \
         *(void **)&(p) = x_;                                                                                 \
+        (bytes) += (int64_t)(n) * (int64_t)sizeof *(p);                                                      \
     } while (0)
 
 static lsa_status work_memory(lsa_gpu_retriever *x, lsa_err *err) {
@@ -15,18 +16,18 @@ static lsa_status work_memory(lsa_gpu_retriever *x, lsa_err *err) {
     const int64_t L = x->g.n_layer, M = x->max_batch, N = x->max_chunks, heads = x->heads;
     const int64_t q_bytes = x->form == SERVE_F32 ? 4 : x->form == SERVE_F16 ? 2 : 1;
     uint8_t *q = NULL;
-    NEW(x->a, M * x->g.rank);
-    NEW(x->u, M * x->g.rank);
-    NEW(x->raw, M * x->g.n_head * 128);
-    NEW(q, L * M * heads * 128 * q_bytes);
+    NEW(x->a, M * x->g.rank, x->bytes);
+    NEW(x->u, M * x->g.rank, x->bytes);
+    NEW(x->raw, M * x->g.n_head * 128, x->bytes);
+    NEW(q, L * M * heads * 128 * q_bytes, x->bytes);
     x->q = q;
-    NEW(x->w, L * M * heads);
-    NEW(x->code, M * N);
-    NEW(x->mask, M * ((N + 31) / 32));
-    NEW(x->page_key, M * ((N + LSA_PAGE_CHUNKS - 1) / LSA_PAGE_CHUNKS));
-    NEW(x->count, M * ((N + SERVE_BLOCK - 1) / SERVE_BLOCK));
-    NEW(x->histogram, M * SERVE_BINS);
-    NEW(x->bound, M);
+    NEW(x->w, L * M * heads, x->bytes);
+    NEW(x->code, M * N, x->bytes);
+    NEW(x->mask, M * ((N + 31) / 32), x->bytes);
+    NEW(x->page_key, M * ((N + LSA_PAGE_CHUNKS - 1) / LSA_PAGE_CHUNKS), x->bytes);
+    NEW(x->count, M * ((N + SERVE_BLOCK - 1) / SERVE_BLOCK), x->bytes);
+    NEW(x->histogram, M * SERVE_BINS, x->bytes);
+    NEW(x->bound, M, x->bytes);
     LSA_TRY(lsa_ctx_sync(x->ctx, err)); /* zeroed before another stream uses it */
 done:
     return st;
@@ -78,8 +79,8 @@ extern "C" lsa_status lsa_gpu_retriever_create(lsa_gpu_retriever **out, lsa_ctx 
     x->weights = (serve_weights *)calloc(1, sizeof *x->weights);
     if (!x->weights) LSA_FAIL(LSA_E_NOMEM, "out of host memory for a retriever");
     x->weights->users = 1;
-    NEW(x->weights->p, lsa_indexer_n_param(g));
-    NEW(x->weights->freq, 64);
+    NEW(x->weights->p, lsa_indexer_n_param(g), x->weights->bytes);
+    NEW(x->weights->freq, 64, x->weights->bytes);
     lsa_rope_freqs(freq, &g->rope);
     LSA_TRY(lsa_ctx_upload(ctx, x->weights->p, params, (size_t)lsa_indexer_n_param(g) * sizeof(float), err));
     LSA_TRY(lsa_ctx_upload(ctx, x->weights->freq, freq, (size_t)(g->rope.dim / 2) * sizeof(float), err));
@@ -109,6 +110,10 @@ extern "C" lsa_status lsa_gpu_retriever_clone(lsa_gpu_retriever **out, const lsa
 done:
     lsa_gpu_retriever_destroy(x);
     return st;
+}
+
+extern "C" int64_t lsa_gpu_retriever_bytes(const lsa_gpu_retriever *x) {
+    return x->bytes + x->weights->bytes;
 }
 
 static lsa_status check_call(const lsa_gpu_retriever *x, int32_t layer, int32_t m, lsa_err *err) {
