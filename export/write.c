@@ -9,7 +9,7 @@
 
 #include "data/ckpt.h"
 #include "data/teacher.h"
-#include "export/golden.h"
+#include "export/conform.h"
 #include "kernels/core/csa_list.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/mem.h"
@@ -57,7 +57,7 @@ lsa_status lsa_export_verify(const char *indexer, const char *ckpt, double *wors
     lsa_indexer_file f = {0};
     lsa_ckpt c = {0};
     LSA_TRY(lsa_indexer_file_load(&f, indexer, err));
-    LSA_TRY(lsa_golden_vectors_check(&f, indexer, "cpu", worst, err));
+    LSA_TRY(lsa_conform_kernels(&f, indexer, "cpu", worst, err));
     if (!ckpt) goto done;
     LSA_TRY(lsa_ckpt_load(&c, ckpt, false, err));
     if (c.geom.n_layer != f.geom.n_layer || lsa_indexer_n_param(&c.geom) != lsa_indexer_n_param(&f.geom))

@@ -9,8 +9,8 @@
 LSA_NODISCARD lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ensemble,
                                           double threshold, const lsa_export_options *o, lsa_err *err);
 
-/* Golden vectors, names, shapes, finiteness; and against `ckpt` bit by bit unless NULL. *worst: largest
- * difference of a stage. */
+/* Golden vectors (conform.h), names, shapes, finiteness; and against `ckpt` bit by bit unless NULL. *worst:
+ * largest difference of a stage on the f32 path. */
 LSA_NODISCARD lsa_status lsa_export_verify(const char *indexer, const char *ckpt, double *worst,
                                            lsa_err *err);
 
