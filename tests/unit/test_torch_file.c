@@ -284,6 +284,14 @@ static void test_archives(void **state) {
     damaged(0, 46, 'j', "does not agree");
     damaged(2, 28, 0, "does not agree"); /* name of no bytes */
     damaged(2, 30, 0xff, "");            /* extra field over the next entry */
+    m = make_good();                     /* the last entry one byte longer than there is */
+    unsigned char *last = m.data + find(&m, "PK\1\2", 4, 7);
+    lsa_zip zip;
+    lsa_err e = {0};
+    last[20] = last[24] = 41;
+    assert_int_equal(lsa_zip_open(&zip, m.data, m.n, "long", &e), LSA_E_FORMAT);
+    assert_non_null(strstr(e.msg, "do not fit"));
+    free(m.data);
     const char *text[] = {"x/data.pkl", "y/data.pkl"};
     for (int two = 0; two < 2; two++) { /* the same entry twice; two archives in one */
         lsa_memory d = {0};
