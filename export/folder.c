@@ -24,8 +24,7 @@ lsa_status lsa_export_check_target(const char *out, bool force, lsa_err *err) {
     return LSA_OK;
 }
 
-/* Whether a file of dir is a per-layer one. */
-static lsa_status has_layers(bool *out, const char *dir, lsa_err *err) {
+lsa_status lsa_has_layer_files(bool *out, const char *dir, lsa_err *err) {
     DIR *d = opendir(dir);
     *out = false;
     if (!d) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s': %s", dir, strerror(errno));
@@ -47,7 +46,7 @@ lsa_status lsa_export_options_of(lsa_export_options *out, const char *dir, lsa_e
     *out = (lsa_export_options){0};
     LSA_TRY(lsa_path(path, err, "%s/indexer.gguf", dir));
     out->gguf = lsa_exists(path);
-    LSA_TRY(has_layers(&out->per_layer, dir, err));
+    LSA_TRY(lsa_has_layer_files(&out->per_layer, dir, err));
     LSA_TRY(lsa_path(path, err, "%s/indexer.pt", dir));
     out->pt = lsa_exists(path);
     if (!out->pt) goto done;

@@ -24,6 +24,8 @@ LSA_NODISCARD lsa_status lsa_export_options_of(lsa_export_options *out, const ch
 
 /* Layer id of a file name layer_{id}.safetensors, -1 for any other. */
 int32_t lsa_layer_file_id(const char *name);
+/* Whether dir has such a file. */
+LSA_NODISCARD lsa_status lsa_has_layer_files(bool *out, const char *dir, lsa_err *err);
 
 /* LSA_E_ARG unless `out` is free, or an indexer and force is set. Any other existing folder is refused. */
 LSA_NODISCARD lsa_status lsa_export_check_target(const char *out, bool force, lsa_err *err);

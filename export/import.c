@@ -13,6 +13,7 @@
 #include "data/indexer_file.h"
 #include "data/teacher.h"
 #include "data/tensor_file.h"
+#include "data/weights.h"
 #include "export/folder.h"
 #include "kernels/core/csa_list.h"
 #include "kernels/core/file.h"
@@ -376,18 +377,9 @@ static bool has(const char *dir, const char *name) {
     return lsa_path(path, NULL, "%s/%s", dir, name) == LSA_OK && lsa_exists(path);
 }
 
-/* Whether the folder has a file layer_{id}.safetensors. */
-static bool has_layer_files(const char *dir) {
-    DIR *d = opendir(dir);
-    bool found = false;
-    if (!d) return false;
-    for (struct dirent *e; (e = readdir(d));) found = found || lsa_layer_file_id(e->d_name) >= 0;
-    closedir(d);
-    return found;
-}
-
 static lsa_status import_any(import *im, json_t *state, lsa_err *err) {
     char path[LSA_PATH_MAX];
+    bool layers;
     const char *s = im->source;
     if (!lsa_exists(s)) LSA_RET_FAIL(LSA_E_IO, "'%s' does not exist", s);
     if (!lsa_is_dir(s)) return import_file(im, s, err);
@@ -403,7 +395,9 @@ static lsa_status import_any(import *im, json_t *state, lsa_err *err) {
         LSA_RET_FAIL(LSA_E_ARG,
                      "'%s' is a checkpoint already: 'lsa-export write' and 'lsa-train run --init' take it",
                      s);
-    if (has_layer_files(s)) return import_layers(im, err);
+    const lsa_status st = lsa_has_layer_files(&layers, s, err);
+    if (st != LSA_OK) return st;
+    if (layers) return import_layers(im, err);
     LSA_RET_FAIL(
         LSA_E_FORMAT,
         "'%s' is neither a model (config.json), nor an exported indexer (indexer.safetensors), nor a folder of "
@@ -413,8 +407,8 @@ static lsa_status import_any(import *im, json_t *state, lsa_err *err) {
 
 /* What a later export repeats: see lsa_export_write. */
 static json_t *exported_state(const lsa_indexer_file *f) {
-    json_t *o = json_pack("{s:s, s:s, s:I, s:I, s:f, s:O}", "dtype", lsa_dtype_name(f->dtype), "ensemble",
-                          lsa_ensemble_name(f->ensemble), "tau", (json_int_t)f->tau, "tail",
+    json_t *o = json_pack("{s:s, s:s, s:I, s:I, s:f, s:O}", "dtype", lsa_weight_dtype_name(f->dtype),
+                          "ensemble", lsa_ensemble_name(f->ensemble), "tau", (json_int_t)f->tau, "tail",
                           (json_int_t)f->tail, "threshold", f->threshold, "train", f->train);
     if (o && f->calibration) json_object_set(o, "calibration", f->calibration);
     return o;

@@ -35,7 +35,7 @@ static lsa_status read_exported(lsa_indexer_file *f, const json_t *ex, const cha
     LSA_TRY(lsa_json_str(&ensemble, ex, "ensemble", where, err));
     LSA_TRY(lsa_ensemble_parse(&f->ensemble, ensemble, err));
     LSA_TRY(lsa_json_str(&dtype, ex, "dtype", where, err));
-    f->dtype = !strcmp(dtype, "BF16") ? LSA_BF16 : !strcmp(dtype, "F8_E4M3") ? LSA_F8_E4M3 : LSA_F32;
+    LSA_TRY(lsa_weight_dtype_parse(&f->dtype, dtype, err));
     LSA_TRY(lsa_json_i64_in(&f->tau, 1, 1 << 20, ex, "tau", where, err));
     LSA_TRY(lsa_json_i64_in(&f->tail, 0, INT64_C(1) << 32, ex, "tail", where, err));
     LSA_TRY(lsa_json_f64(&f->threshold, ex, "threshold", where, err));
