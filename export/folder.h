@@ -7,7 +7,8 @@
 #include "data/indexer_file.h"
 
 typedef struct lsa_export_options {
-    bool force; /* replace an existing indexer */
+    bool force;          /* replace an existing indexer */
+    const char *licence; /* lsa_export_write: named in the model card; NULL: not stated */
 } lsa_export_options;
 
 /* LSA_E_ARG unless `out` is free, or an indexer and force is set. Any other existing folder is refused. */

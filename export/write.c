@@ -45,6 +45,7 @@ lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ense
                            .threshold = threshold,
                            .train = provenance(c.state, c.step)};
     c.params = NULL;
+    if (o->licence) json_object_set_new(f.train, "licence", json_string(o->licence));
     LSA_TRY(lsa_export_folder(&f, out, o, c.dir, err));
 done:
     lsa_indexer_file_fini(&f);
