@@ -52,7 +52,7 @@ float lsa_rule_threshold(const lsa_select_rule *r, int64_t n) {
 /* ---- counting ---- */
 
 static int cell_of(int64_t n) {
-    const int c = (int)floor(8 * log2((double)n));
+    const int c = (int)floor(16 * log2((double)n));
     return c < 0 ? 0 : c >= LSA_LENGTH_CELLS ? LSA_LENGTH_CELLS - 1 : c;
 }
 

@@ -7,7 +7,7 @@
  * 1978.
  *
  * Scores are counted in LSA_SCORE_BINS bins (linear in the score, or in its logit for scores in (0, 1)) for
- * every eighth of an octave of length, so memory does not grow with the data. Inside a bin chunks count as
+ * every sixteenth of an octave of length, so memory does not grow with the data. Inside a bin chunks count as
  * spread evenly. */
 #ifndef LSA_TRAINER_THRESHOLD_H
 #define LSA_TRAINER_THRESHOLD_H
@@ -16,11 +16,11 @@
 
 #include "kernels/model/select.h"
 
-enum { LSA_SCORE_BINS = 8192, LSA_LENGTH_CELLS = 8 * 32 };
+enum { LSA_SCORE_BINS = 4096, LSA_LENGTH_CELLS = 16 * 32 };
 
 /* ---- lengths ---- */
 
-/* Knots for windows of `shortest` to `longest` visible chunks, `tail` of which are never evicted: rounded
+/* Knots for windows of up to `longest` visible chunks, `tail` of which are never evicted: rounded
  * powers of the square root of two, from twice the tail (if longest reaches it) to 1.1 times longest; at
  * least one. */
 int32_t lsa_knots(int64_t knot[LSA_SELECT_KNOTS], int64_t longest, int64_t tail);
