@@ -15,6 +15,7 @@ typedef struct lsa_export_options {
     int64_t pt_freqs; /* its freqs_cis tables have so many positions; 0: none */
     bool per_layer;   /* layer_{id}.safetensors */
     bool gguf;        /* indexer.gguf */
+    const char *licence; /* lsa_export_write: named in the model card; NULL: not stated */
 } lsa_export_options;
 
 #define LSA_PT_FREQS_MAX (INT64_C(1) << 24) /* positions that fp32 tells apart */

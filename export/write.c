@@ -68,6 +68,7 @@ lsa_status lsa_export_write(const char *ckpt, const char *out, const lsa_export_
         f.dtype = *rule->dtype;
     }
     lsa_weights_round(c.params, &c.geom, f.dtype);
+    if (o->licence) json_object_set_new(f.train, "licence", json_string(o->licence));
     LSA_TRY(lsa_export_folder(&f, out, o, c.dir, err));
 done:
     json_decref(train);
