@@ -10,11 +10,11 @@
 /* Which files a folder has beside indexer.safetensors, golden.safetensors and README.md (EXPORT_FORMAT.md).
  * The weight type is the indexer's own (lsa_indexer_file.dtype). */
 typedef struct lsa_export_options {
-    bool force;       /* replace an existing indexer */
-    bool pt;          /* indexer.pt */
-    int64_t pt_freqs; /* its freqs_cis tables have so many positions; 0: none */
-    bool per_layer;   /* layer_{id}.safetensors */
-    bool gguf;        /* indexer.gguf */
+    bool force;          /* replace an existing indexer */
+    bool pt;             /* indexer.pt */
+    int64_t pt_freqs;    /* its freqs_cis tables have so many positions; 0: none */
+    bool per_layer;      /* layer_{id}.safetensors */
+    bool gguf;           /* indexer.gguf */
     const char *licence; /* lsa_export_write: named in the model card; NULL: not stated */
 } lsa_export_options;
 

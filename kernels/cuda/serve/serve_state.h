@@ -36,7 +36,7 @@ struct lsa_gpu_retriever {
     serve_form form;
     bool chained; /* kernels may start while the one before ends (sm_90 and later): serve_wait */
     int32_t max_batch, heads, n_sm; /* heads: H rounded up to what the kernel multiplies (64 or 128) */
-    int64_t max_chunks, bytes; /* bytes: of the work memory */
+    int64_t max_chunks, bytes;      /* bytes: of the work memory */
     serve_weights *weights;
     float *a, *u, *raw; /* [M, r] [M, r] [M, H, 128] */
     void *q;            /* by form; heads beyond H are zero */
