@@ -121,7 +121,7 @@ def scoring():
         m = Scorer(*part["wq_a.weight"].shape[:1], part["weights_proj.weight"].shape[0], part["wq_a.weight"].shape[1], 70000, g["freq"].cpu())
         m.load_state_dict(part, strict=True)
         with torch.no_grad():
-            z = m.to(device)(g[f"l{o}.hidden"], g["position"].clamp(max=69999), g[f"l{o}.key"])
+            z = m.to(device)(g[f"l{o}.hidden"].float(), g["position"].clamp(max=69999), g[f"l{o}.key"])
         want = g[f"l{o}.logit"]
         worst = max(worst, ((z - want)[near].abs().max() / want[near].square().mean().sqrt()).item())
     print(f"reference scoring in PyTorch on {device}: logits within {worst:.2g} of rms")
