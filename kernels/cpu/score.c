@@ -78,7 +78,7 @@ static void bwd_query(const lsa_indexer_score_bwd_args *a, int64_t i, lsa_score_
 
 /* One scratch per thread, then queries one by one. */
 #define EACH_QUERY(a, call)                                                                                  \
-    lsa_score_work *s = NULL;                                                                                       \
+    lsa_score_work *s = NULL;                                                                                \
     const int nt = omp_in_parallel() ? 1 : omp_get_max_threads();                                            \
     lsa_status st = LSA_NEW(s, nt, err);                                                                     \
     if (st != LSA_OK) return st;                                                                             \

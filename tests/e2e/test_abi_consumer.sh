@@ -44,6 +44,11 @@ for std in "cc -x c -std=c99" "c++ -x c++ -std=c++11"; do
     expect 1 "error: " "$work/consumer" "$work/nowhere"
 done
 
+# the example of the README
+sed -n '/^```c$/,/^```$/p' export/abi/README.md | grep -v '^```' >"$work/example.c"
+[ "$(wc -l <"$work/example.c")" -gt 15 ] || bad "no example in export/abi/README.md"
+quiet cc -std=c99 -Wall -Wextra -Wpedantic -Werror -c "${flags[@]}" "$work/example.c" -o "$work/example.o"
+
 mkdir "$work/project"
 cp tests/e2e/abi_consumer.c "$work/project/"
 cat >"$work/project/CMakeLists.txt" <<'CM'
