@@ -1,5 +1,5 @@
-/* The indexer's geometry <-> JSON: the string metadata "lsa.geometry" of model.safetensors and of the exported
- * file. */
+/* The indexer's geometry <-> JSON: the string metadata "lsa.geometry" of model.safetensors and of the
+ * exported file. */
 #ifndef LSA_DATA_GEOM_JSON_H
 #define LSA_DATA_GEOM_JSON_H
 
