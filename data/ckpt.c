@@ -252,15 +252,6 @@ done:
     return st;
 }
 
-/* Puts the finished directory `tmp` at its final name, also when a directory from an interrupted run stands
- * there. */
-static lsa_status put_in_place(const char *tmp, const char *dir, lsa_err *err) {
-    if (!lsa_exists(dir)) return lsa_rename_durable(tmp, dir, err);
-    if (renameat2(AT_FDCWD, tmp, AT_FDCWD, dir, RENAME_EXCHANGE) == 0) return lsa_remove_tree(tmp, err);
-    lsa_status st = lsa_remove_tree(dir, err); /* a file system without exchange */
-    return st == LSA_OK ? lsa_rename_durable(tmp, dir, err) : st;
-}
-
 lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *g, const float *params,
                          const float *m, const float *v, const json_t *state, bool set_best, int64_t keep,
                          lsa_err *err) {
@@ -306,7 +297,7 @@ lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *
     LSA_TRY(lsa_json_save(manifest, path, err));
 
     LSA_TRY(lsa_fsync_path(tmp, err));
-    LSA_TRY(put_in_place(tmp, dir, err));
+    LSA_TRY(lsa_replace_dir(tmp, dir, err));
     LSA_TRY(lsa_fsync_path(base, err));
     if (set_best)
         LSA_TRY(write_pointer(base, "best", step, err)); /* before latest: see the head of this file */

@@ -42,8 +42,12 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
         "only those on the GPU. Written by lsa %s.\n\n",
         (long long)f->tau, lsa_version());
     say(&t,
-        "| | |\n|---|---|\n| parameters | %lld, fp32 |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
-        (long long)lsa_indexer_n_param(g), g->n_head, g->head_dim, g->rank, g->hidden);
+        "| | |\n|---|---|\n| parameters | %lld, %s |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
+        (long long)lsa_indexer_n_param(g),
+        f->dtype == LSA_F32    ? "fp32"
+        : f->dtype == LSA_BF16 ? "bf16 (q_norm_weight fp32)"
+                               : "fp8 e4m3 with one fp32 scale a row, `<name>_scale` (q_norm_weight fp32)",
+        g->n_head, g->head_dim, g->rank, g->hidden);
     say(&t, "| joint layers (CSA ordinal = transformer layer) |");
     for (int32_t l = 0; l < g->n_layer; l++)
         say(&t, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 pkgs=(build-essential cmake ninja-build pkg-config libhdf5-dev libjansson-dev libcyaml-dev libyaml-dev
-      libxxhash-dev libopenblas-openmp-dev)
+      libxxhash-dev zlib1g-dev libopenblas-openmp-dev)
 if [ "${1:-}" = "--tests" ]; then
     pkgs+=(libcmocka-dev clang clang-format-14 libclang-rt-14-dev libomp-14-dev valgrind chromium)
 fi
@@ -22,8 +22,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if [ "${1:-}" = "--tests" ] && [ ! -x build/venv/bin/python ]; then
+if [ "${1:-}" = "--tests" ]; then
     mkdir -p build
-    python3 -m venv build/venv
-    build/venv/bin/pip -q install 'numpy<3' h5py safetensors tensorboard 'setuptools<81'
+    [ -x build/venv/bin/python ] || python3 -m venv build/venv
+    build/venv/bin/python -c 'import gguf, h5py, numpy, safetensors, tensorboard' 2>/dev/null ||
+        build/venv/bin/pip -q install 'numpy<3' h5py safetensors tensorboard gguf 'setuptools<81'
 fi

@@ -8,6 +8,9 @@ function(lsa_add_tests)
   file(GLOB kit CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/testkit/*.c)
   add_library(lsa_testkit STATIC ${kit})
   target_link_libraries(lsa_testkit PUBLIC lsa_dump lsa_trainer lsa_export lsa_abi lsa_infer PkgConfig::CMOCKA)
+  if(LSA_HAVE_CUDA)
+    target_compile_definitions(lsa_testkit PUBLIC LSA_HAVE_CUDA) # tests/gpu call the CUDA runtime
+  endif()
   set_source_files_properties(${kit} PROPERTIES COMPILE_OPTIONS "-O2;-ffp-contract=off")
   foreach(label ${LSA_TEST_LABELS})
     file(GLOB src CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/${label}/test_*.c

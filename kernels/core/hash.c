@@ -1,4 +1,4 @@
-/* XXH64 over libxxhash. */
+/* XXH64 over libxxhash, CRC-32 over zlib. */
 #include "kernels/core/hash.h"
 
 #include <errno.h>
@@ -9,17 +9,21 @@
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
+#include <zlib.h>
 
 uint64_t lsa_xxh64(const void *data, size_t n_bytes) {
     return XXH64(data, n_bytes, 0);
 }
 
-lsa_status lsa_xxh64_file(uint64_t *out, const char *path, lsa_err *err) {
-    *out = 0;
+uint32_t lsa_crc32(uint32_t crc, const void *data, size_t n_bytes) {
+    return (uint32_t)crc32_z(crc, data, n_bytes);
+}
+
+/* Calls update(state, block) over a whole file. */
+static lsa_status each_block(const char *path, void (*update)(void *, const void *, size_t), void *state,
+                             lsa_err *err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s': %s", path, strerror(errno));
-    XXH64_state_t s;
-    XXH64_reset(&s, 0);
     static _Thread_local unsigned char buf[1 << 18];
     for (;;) {
         ssize_t n = read(fd, buf, sizeof buf);
@@ -31,11 +35,31 @@ lsa_status lsa_xxh64_file(uint64_t *out, const char *path, lsa_err *err) {
             return st;
         }
         if (n == 0) break;
-        XXH64_update(&s, buf, (size_t)n);
+        update(state, buf, (size_t)n);
     }
     close(fd);
-    *out = XXH64_digest(&s);
     return LSA_OK;
+}
+
+static void update_xxh64(void *s, const void *p, size_t n) {
+    XXH64_update(s, p, n);
+}
+static void update_crc32(void *s, const void *p, size_t n) {
+    uint32_t *crc = s;
+    *crc = lsa_crc32(*crc, p, n);
+}
+
+lsa_status lsa_xxh64_file(uint64_t *out, const char *path, lsa_err *err) {
+    XXH64_state_t s;
+    XXH64_reset(&s, 0);
+    const lsa_status st = each_block(path, update_xxh64, &s, err);
+    *out = st == LSA_OK ? XXH64_digest(&s) : 0;
+    return st;
+}
+
+lsa_status lsa_crc32_file(uint32_t *out, const char *path, lsa_err *err) {
+    *out = 0;
+    return each_block(path, update_crc32, out, err);
 }
 
 void lsa_hex64(char out[17], uint64_t h) {

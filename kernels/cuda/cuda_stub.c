@@ -84,6 +84,10 @@ lsa_status lsa_gpu_mine(lsa_gpu_step *s, lsa_gpu_step *eval, int32_t slot, lsa_e
     (void)s, (void)eval, (void)slot;
     NO_CUDA;
 }
+lsa_status lsa_gpu_guards(lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_times *out, lsa_err *err) {
     (void)s, (void)repeats, (void)out;
     NO_CUDA;
@@ -92,7 +96,6 @@ lsa_status lsa_gpu_ceilings(lsa_gpu_step *s, double *copy_rate, double *flop_rat
     (void)s, (void)copy_rate, (void)flop_rate;
     NO_CUDA;
 }
-
 lsa_status lsa_gpu_retriever_create(lsa_gpu_retriever **out, lsa_ctx *ctx, const lsa_indexer_geom *g,
                                     const float *params, lsa_query_path path, int32_t max_batch,
                                     int64_t max_chunks, bool portable, lsa_err *err) {

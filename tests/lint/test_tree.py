@@ -17,6 +17,7 @@ ALLOWED = {
     "kernels/cpu": CORE | OPS | {"kernels/cpu", "kernels/ref"},
     "kernels/cuda": CORE | OPS | MODEL | {"kernels/cuda"},
     "kernels/cuda/step": CORE | MODEL | {"kernels/cuda", "kernels/cuda/step"},
+    "kernels/cuda/serve": CORE | MODEL | {"kernels/cuda", "kernels/cuda/serve"},
     "kernels/model": CORE | OPS | MODEL,
     "data": CORE | MODEL | DATA,
     "trainer": CORE | OPS | MODEL | DATA | {"trainer", "kernels/cpu"},
