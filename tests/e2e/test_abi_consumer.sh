@@ -21,7 +21,7 @@ abi=$(sed -n 's/^#define LSA_IDX_ABI *\([0-9]*\).*/\1/p' export/abi/lsa_indexer.
 expect 0 "liblsa_indexer.so.$abi" objdump -p "$so"
 for n in $(objdump -p "$so" | sed -n 's/ *NEEDED *//p'); do
     case $n in
-    libc.so.* | libm.so.* | libjansson.so.* | libopenblas.so.* | libblas.so.* | libgomp.so.* | libomp.so.* | ld-linux*) ;;
+    libc.so.* | libm.so.* | libjansson.so.* | libz.so.* | libopenblas.so.* | libblas.so.* | libgomp.so.* | libomp.so.* | ld-linux*) ;;
     libcudart.so.* | libcublasLt.so.*) grep -q '^LSA_CUDA:.*=OFF' "$build/CMakeCache.txt" && bad "needs $n" ;;
     *) bad "the library needs $n" ;;
     esac
