@@ -21,6 +21,18 @@ static void measured(page *p, double x, lsa_interval i) {
         say(p, " %.3f |", x);
 }
 
+/* Share of chunks, of golden chunks and of mass, in one cell. */
+static void triple(page *p, const lsa_calib_point *x) {
+    const double v[] = {x->kept, x->recall, x->captured};
+    for (int i = 0; i < 3; i++) {
+        if (isfinite(v[i]))
+            say(p, " %.3f", v[i]);
+        else
+            say(p, " -");
+        say(p, i < 2 ? " /" : " |");
+    }
+}
+
 /* ---- how to serve ---- */
 
 static void reference_server(page *p, const lsa_indexer_file *f, const lsa_calibration *c) {
@@ -56,11 +68,7 @@ static void reference_server(page *p, const lsa_indexer_file *f, const lsa_calib
         const lsa_calib_point *x[] = {&c->fold.before[k], &c->fold.calibrated[k], &c->fold.after[k]};
         say(p, "| %lld |", (long long)c->knot[k] * LSA_CHUNK);
         for (int i = 0; i < 3; i++) {
-            say(p, " %.3f / %.3f / ", x[i]->kept, isfinite(x[i]->recall) ? x[i]->recall : 0);
-            if (isfinite(x[i]->captured))
-                say(p, "%.3f |", x[i]->captured);
-            else
-                say(p, "- |");
+            triple(p, x[i]);
         }
         say(p, "\n");
     }
