@@ -20,7 +20,7 @@
 
 enum { M = LSA_GOLD_M, N = LSA_GOLD_KEYS, MAX_ENTRY = LSA_MAX_CSA * (LSA_STAGES + 2) + 24 };
 static const int64_t POSITION[M] = {0, 61, 70003, 999983};
-static const float SIZE[M] = {1, 0x1p-8f, 1, 1}; /* the small vector makes eps visible */
+static const float SIZE[M] = {1, 0x1p-10f, 1, 1}; /* the small vector makes eps visible */
 
 static float normal(lsa_rng *r) {
     const float u = lsa_rng_uniform(r) + 0x1p-25f, v = lsa_rng_uniform(r);
