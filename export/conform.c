@@ -30,11 +30,15 @@ static lsa_status judge_mask(const lsa_golden *o, lsa_query_path p, const uint8_
         const float *s = t->score + i * N;
         const uint8_t *g = got + i * N, *w = (top ? t->top : t->above) + i * N;
         const float cut = top ? s[LSA_GOLD_TWIN_LOW] : o->threshold;
-        double ss = 0;
+        double ss = 0, max = 0;
         int n = 0;
-        for (int c = 0; c < N; c++)
-            ss += (double)(s[c] - o->threshold) * (double)(s[c] - o->threshold), n += g[c];
-        const double slack = 2 * lsa_stage_limit[lsa_logit_stage[p]] * sqrt(ss / N);
+        for (int c = 0; c < N; c++) {
+            ss += (double)(s[c] - o->threshold) * (double)(s[c] - o->threshold);
+            max = fmax(max, fabs((double)s[c]));
+            n += g[c];
+        }
+        /* rounding of the logits, and of sigmoids near a half */
+        const double slack = 2 * lsa_stage_limit[lsa_logit_stage[p]] * sqrt(ss / N) + 0x1p-22 * max;
         const char *name = lsa_query_path_name(p), *what = top ? "top" : "above";
         if (top && g[LSA_GOLD_TWIN_HIGH] && !g[LSA_GOLD_TWIN_LOW])
             LSA_RET_FAIL(LSA_E_FORMAT,

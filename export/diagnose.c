@@ -12,15 +12,17 @@
 
 enum { M = LSA_GOLD_M };
 
-/* Largest allowed difference. F32: sums of f32 products (seen: 2e-6, 4e-6 of the logits where heads cancel).
- * BF16 and FP8: a value that lies on a rounding boundary may fall on either side (seen: 6e-5 and 7e-4 when q
- * is perturbed by 1e-6), which the logits average. */
+/* Largest allowed difference. Seen with an engine of other sums (f32 numpy), 8 layers of hidden 4096, rank
+ * 2048, 128 heads, random weights: 1.4e-6 on the f32 path. On the others a value that lies on a rounding
+ * boundary may fall on either side: 9e-5 (bf16), 3e-3 (fp8 logits, where one code is a sixteenth off and
+ * heads of both signs cancel). The weakest faults of tests/e2e/test_conformance.py are 4.3e-4 (f32), 2.2e-2
+ * (bf16) and 3.7e-2 (fp8) off. */
 const double lsa_stage_limit[LSA_STAGES] = {
     [LSA_STAGE_A] = 2e-5,         [LSA_STAGE_U] = 2e-5,          [LSA_STAGE_RAW] = 2e-5,
     [LSA_STAGE_ROPE] = 2e-5,      [LSA_STAGE_Q] = 2e-5,          [LSA_STAGE_W] = 2e-5,
     [LSA_STAGE_LOGIT] = 4e-5,     [LSA_STAGE_RAW_BF16] = 1e-3,   [LSA_STAGE_ROPE_BF16] = 1e-3,
     [LSA_STAGE_Q_BF16] = 1e-3,    [LSA_STAGE_LOGIT_BF16] = 1e-3, [LSA_STAGE_CODE_FP8] = 1e-2,
-    [LSA_STAGE_SCALE_FP8] = 1e-3, [LSA_STAGE_W_FP8] = 1e-3,      [LSA_STAGE_LOGIT_FP8] = 4e-3};
+    [LSA_STAGE_SCALE_FP8] = 1e-3, [LSA_STAGE_W_FP8] = 1e-3,      [LSA_STAGE_LOGIT_FP8] = 1e-2};
 
 /* Where a stage comes from, for a fault that is not in the table. */
 static const char *const CAUSE[LSA_STAGES] = {"wq_a, or the hidden vector",
