@@ -15,7 +15,7 @@
 
 /* Saves RUN/ckpt/step_{step} and points RUN/ckpt/latest at it; set_best also RUN/ckpt/best. params, m, v are
  * host arrays in the flat order of the parameter table; m and v may be NULL (import). state: borrowed; keys
- * step, epoch, index, ... Refuses non-finite parameters (LSA_E_NUMERIC). keep > 0 removes the oldest steps
+ * step, epoch, asked, ... Refuses non-finite parameters (LSA_E_NUMERIC). keep > 0 removes the oldest steps
  * beyond `keep` that neither file names. */
 LSA_NODISCARD lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *g,
                                        const float *params, const float *m, const float *v,

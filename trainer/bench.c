@@ -207,10 +207,10 @@ static lsa_status batch_of(lsa_batch *b, setup *x, int64_t m, lsa_err *err) {
         b->position[i] = 64 * (int64_t)w + 63;
         b->key_base[i] = k * nk;
         b->row_weight[i] = 1.0f;
-        b->row_weights += 1.0;
-        b->n_elem += b->n_cand[i];
-        b->n_balanced += n_pos[i];
-        b->n_pair += (int64_t)n_pos[i] * (b->n_cand[i] - n_pos[i]);
+        b->count.row_weights += 1.0;
+        b->count.n_elem += b->n_cand[i];
+        b->count.n_balanced += n_pos[i];
+        b->count.n_pair += (int64_t)n_pos[i] * (b->n_cand[i] - n_pos[i]);
         for (int32_t l = 0; l < x->g.n_layer; l++)
             for (int64_t j = 0; j < d; j++) {
                 uint16_t h;

@@ -2,6 +2,7 @@
 #include "trainer/recipe_keys.h"
 
 #include <stddef.h>
+#include <stdio.h>
 
 #define I64(name, field, dflt, lo, hi, help)                                                                 \
     { name, LSA_KEY_I64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help }
@@ -29,8 +30,8 @@ const lsa_key lsa_recipe_keys[] = {
     I64("train.max_bad", max_bad, "10", 1, 1e6, "give up after this many non-finite steps in a row"),
     I64("train.cache_mib", cache_mib, "4096", 1, 1e7, "host memory for documents, MiB"),
     I64("train.pool_mib", pool_mib, "16384", 1, 1e7,
-        "memory for the keys and hidden vectors of the documents in use and the next ones, MiB (on a GPU its own memory); shuffled "
-        "windows are shuffled among documents that are in it together"),
+        "memory for the keys and hidden vectors of the documents in use and the next ones, MiB (on a GPU its own memory), shared equally "
+        "by the virtual shards; shuffled windows are shuffled among documents of a shard that are in it together"),
     PICK(
         "train.precision", precision, "bf16", "bf16|fp8|f32",
         "on a GPU: bf16 products, the same with queries rounded to fp8 as servers do, or f32 op by op; a CPU computes in f32"),
@@ -40,6 +41,10 @@ const lsa_key lsa_recipe_keys[] = {
          "debugging aid: on a GPU only the kernels that every architecture has"),
     TEXT("train.trace", trace, "",
          "debugging aid: write the exact samples of every step to this safetensors file"),
+
+    I64("data.virtual_shards", virtual_shards, "8", 1, 4096,
+        "parts that the documents are dealt to, balanced by windows; a step asks train.batch / this many windows of each; the number of "
+        "ranks divides it, and nothing else depends on that number"),
 
     TEXT("model.layers", layers, "all", "joint CSA layers: all, or ordinals such as 0,2"),
     I64("model.heads", heads, "32", 1, 128, "indexer heads"),
@@ -121,6 +126,15 @@ lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
     if (r->balance &&
         (r->candidates != LSA_CAND_ALL || (r->loss != LSA_LOSS_BCE && r->loss != LSA_LOSS_FOCAL)))
         LSA_RET_FAIL(LSA_E_CONFIG, "loss.balance needs sample.candidates: all and loss.kind bce or focal");
+    if (r->batch % r->virtual_shards) {
+        const int64_t below = r->batch / r->virtual_shards * r->virtual_shards;
+        char lower[32] = "";
+        if (below) snprintf(lower, sizeof lower, "%lld or ", (long long)below);
+        LSA_RET_FAIL(LSA_E_CONFIG,
+                     "train.batch %lld is not a multiple of data.virtual_shards %lld; the nearest are %s%lld",
+                     (long long)r->batch, (long long)r->virtual_shards, lower,
+                     (long long)(below + r->virtual_shards));
+    }
     if (r->micro_batch && r->batch % r->micro_batch)
         LSA_RET_FAIL(LSA_E_CONFIG, "train.micro_batch %lld must divide train.batch %lld",
                      (long long)r->micro_batch, (long long)r->batch);

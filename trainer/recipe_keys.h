@@ -32,7 +32,7 @@ typedef struct lsa_recipe {
     int64_t warmup, schedule, moments;
     bool decay_norm;
     int64_t steps, batch, seed, eval_every, save_every, log_every, keep, patience, max_bad, cache_mib;
-    int64_t precision, micro_batch, pool_mib;
+    int64_t precision, micro_batch, pool_mib, virtual_shards;
     bool portable;
     double threshold, budget;
     int64_t topk, metric;

@@ -98,8 +98,8 @@ static json_t *state_json(const run *x) {
     }
     json_t *o = json_pack(
         "{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}", "step",
-        (json_int_t)x->step, "epoch", (json_int_t)x->cursor.epoch, "index", (json_int_t)x->cursor.index,
-        "updates",
+        (json_int_t)x->step, "epoch", (json_int_t)lsa_order_epoch(x->order, &x->cursor), "asked",
+        (json_int_t)x->cursor.asked, "updates",
         (json_int_t)(x->resident ? lsa_resident_updates(x->resident) : lsa_trainer_updates(x->trainer)),
         "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped", (json_int_t)x->skipped,
         "has_best", x->has_best, "best", x->best, "stopped", x->stopped, "recipe",
@@ -115,8 +115,7 @@ static lsa_status restore_state(run *x, int64_t *updates, const json_t *o, const
     const char *hash;
     char now[17];
     LSA_TRY(lsa_json_i64(&x->step, o, "step", where, err));
-    LSA_TRY(lsa_json_i64(&x->cursor.epoch, o, "epoch", where, err));
-    LSA_TRY(lsa_json_i64(&x->cursor.index, o, "index", where, err));
+    LSA_TRY(lsa_json_i64(&x->cursor.asked, o, "asked", where, err));
     LSA_TRY(lsa_json_i64(updates, o, "updates", where, err));
     LSA_TRY(lsa_json_i64(&x->since_best, o, "since_best", where, err));
     LSA_TRY(lsa_json_i64(&x->bad, o, "bad", where, err));
@@ -160,7 +159,7 @@ static lsa_status open_run(run *x, const char *device, lsa_err *err) {
         LSA_FAIL(
             LSA_E_CONFIG,
             "eval.metric captured needs native masses, but the shards hold no /stats; use eval.metric: f1 or recall");
-    LSA_TRY(lsa_order_create(&x->order, x->source, x->r, err));
+    LSA_TRY(lsa_order_create(&x->order, x->source, x->r, 0, 1, err));
     const int64_t n = lsa_indexer_n_param(&x->g);
     LSA_TRY(LSA_NEW(x->params, n, err));
     LSA_TRY(LSA_NEW(x->m, n, err));
@@ -223,8 +222,8 @@ static void report_step(run *x, const lsa_step_result *s, double windows_per_s) 
     fprintf(
         x->metrics,
         "{\"step\": %lld, \"epoch\": %lld, \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"windows_per_s\": %.6g, \"skipped\": %lld}\n",
-        (long long)x->step, (long long)x->cursor.epoch, isfinite(loss) ? loss : -1.0, s->lr,
-        isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s, (long long)x->skipped);
+        (long long)x->step, (long long)lsa_order_epoch(x->order, &x->cursor), isfinite(loss) ? loss : -1.0,
+        s->lr, isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s, (long long)x->skipped);
     fflush(x->metrics);
     lsa_tboard_scalar(&x->tb, "train/loss", x->step, loss);
     lsa_tboard_scalar(&x->tb, "train/lr", x->step, s->lr);
@@ -309,9 +308,9 @@ static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
     if (s->skipped) {
         x->bad++;
         x->skipped++;
-        lsa_warn("step %lld: loss %g, gradient norm %g: update skipped (epoch %lld, up to its window %lld)",
-                 (long long)x->step, s->loss, s->grad_norm, (long long)x->cursor.epoch,
-                 (long long)x->cursor.index);
+        lsa_warn(
+            "step %lld: loss %g, gradient norm %g: update skipped (windows up to number %lld of every virtual shard)",
+            (long long)x->step, s->loss, s->grad_norm, (long long)x->cursor.asked);
         if (x->bad >= x->r->max_bad)
             LSA_FAIL(
                 LSA_E_NUMERIC,
@@ -340,6 +339,9 @@ static lsa_status loop(run *x, lsa_err *err) {
         (long long)(lsa_source_n_doc(x->source) - lsa_source_n_train(x->source)),
         (long long)lsa_order_epoch_windows(x->order), 1e-6 * (double)lsa_indexer_n_param(&x->g),
         x->g.n_layer);
+    if (lsa_order_shards(x->order) < r->virtual_shards)
+        lsa_info("%lld virtual shards instead of %lld: so few documents have windows",
+                 (long long)lsa_order_shards(x->order), (long long)r->virtual_shards);
     lsa_progress_begin(&p, "train", "steps", (double)r->steps, (double)x->step);
     while (x->step < r->steps && !x->stopped) {
         char extra[64];

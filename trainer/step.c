@@ -182,7 +182,8 @@ static lsa_status score(lsa_trainer *t, const lsa_batch *b, int32_t l, bool accu
 
 /* What pointwise losses are divided by. */
 static double elements(const lsa_recipe *r, const lsa_batch *b) {
-    return fmax(1.0, r->balance ? (1.0 + r->neg_ratio) * (double)b->n_balanced : (double)b->n_elem);
+    return fmax(1.0,
+                r->balance ? (1.0 + r->neg_ratio) * (double)b->count.n_balanced : (double)b->count.n_elem);
 }
 
 /* Loss of t->z into t->dz; adds the rows' losses to *loss. */
@@ -193,7 +194,8 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
     case LSA_LOSS_KL:
         LSA_TRY(lsa_loss_kl(
             t->ctx,
-            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (b->row_weights > 0 ? b->row_weights : 1.0)), t->z,
+            &(lsa_loss_kl_args){b->m, b->n,
+                                (float)(part / (b->count.row_weights > 0 ? b->count.row_weights : 1.0)), t->z,
                                 t->y, r->by_mass ? t->row_weight : NULL, t->n_cand, t->dz, t->row_loss},
             err));
         break;
@@ -207,12 +209,12 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
                                    err));
         break;
     default:
-        LSA_TRY(lsa_loss_pairwise(t->ctx,
-                                  &(lsa_loss_pairwise_args){b->m, b->n, r->loss == LSA_LOSS_MARGIN,
-                                                            (float)r->margin,
-                                                            (float)(part / (double)lsa_max_i64(1, b->n_pair)),
-                                                            t->z, t->y, t->n_cand, t->dz, t->row_loss},
-                                  err));
+        LSA_TRY(lsa_loss_pairwise(
+            t->ctx,
+            &(lsa_loss_pairwise_args){b->m, b->n, r->loss == LSA_LOSS_MARGIN, (float)r->margin,
+                                      (float)(part / (double)lsa_max_i64(1, b->count.n_pair)), t->z, t->y,
+                                      t->n_cand, t->dz, t->row_loss},
+            err));
     }
     LSA_TRY(lsa_ctx_download(t->ctx, t->host_loss, t->row_loss, (size_t)b->m * sizeof *t->host_loss, err));
     for (int64_t i = 0; i < b->m; i++) *sum += t->host_loss[i];
