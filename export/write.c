@@ -127,7 +127,7 @@ lsa_status lsa_export_import(const char *dir, const char *out, const char *layer
     lsa_hex64(hash, lsa_teacher_hash(t));
     state = json_pack("{s:i, s:s, s:s, s:s}", "step", 0, "source", "native indexer", "teacher",
                       lsa_teacher_name(t), "teacher_hash", hash);
-    LSA_TRY(lsa_ckpt_save(out, 0, &g, params, NULL, NULL, state, true, 1, err));
+    LSA_TRY(lsa_ckpt_save(out, 0, &g, params, NULL, NULL, state, true, 1, 0, err));
 done:
     json_decref(state);
     lsa_free(params);

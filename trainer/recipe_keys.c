@@ -25,6 +25,8 @@ const lsa_key lsa_recipe_keys[] = {
     I64("train.save_every", save_every, "200", 1, 1e8, "steps between checkpoints"),
     I64("train.log_every", log_every, "10", 1, 1e8, "steps between lines of metrics.jsonl"),
     I64("train.keep", keep, "2", 1, 1e6, "checkpoints kept besides best and latest"),
+    I64("train.milestone_every", milestone_every, "0", 0, 1e8,
+        "steps between checkpoints that are kept for good (0: none)"),
     I64("train.patience", patience, "0", 0, 1e6,
         "stop after this many evaluations without improvement (0: never)"),
     I64("train.max_bad", max_bad, "10", 1, 1e6, "give up after this many non-finite steps in a row"),

@@ -17,6 +17,7 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "trainer/resident.h"
+#include "trainer/saver.h"
 #include "trainer/tboard.h"
 #include "trainer/trace.h"
 
@@ -31,7 +32,7 @@ typedef struct run {
     lsa_indexer_geom g;
     lsa_batch batch;
     lsa_trace *trace;
-    float *params, *m, *v; /* host copies for checkpoints */
+    lsa_saver *saver;
     lsa_tboard tb;
     FILE *metrics;
     /* state */
@@ -44,8 +45,8 @@ typedef struct run {
     bool has_best, stopped;
     json_t *last_eval;
     /* meters */
-    double loss_sum;
-    int64_t loss_n;
+    double loss_sum, save_s; /* save_s: steps waited so long for checkpoints */
+    int64_t loss_n, saves;
 } run;
 
 /* ---- geometry ---- */
@@ -106,7 +107,7 @@ static json_t *state_json(const run *x) {
         lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key), "data_hash", hash, "teacher", f->teacher,
         "teacher_hash", teacher, "trained_length", (json_int_t)longest, "train_documents",
         (json_int_t)lsa_source_n_train(x->source));
-    if (x->last_eval) json_object_set(o, "eval", x->last_eval);
+    if (x->last_eval) json_object_set_new(o, "eval", json_deep_copy(x->last_eval)); /* the writer's own */
     return o;
 }
 
@@ -133,15 +134,21 @@ done:
     return st;
 }
 
+/* Begins a checkpoint: waits for the one before, takes the snapshot; the writing goes on beside the steps. */
 static lsa_status save(run *x, bool best, lsa_err *err) {
     lsa_status st = LSA_OK;
-    json_t *state = state_json(x);
+    json_t *state = NULL;
+    const double t0 = lsa_now_s();
+    LSA_TRY(lsa_saver_wait(x->saver, err));
+    const lsa_snapshot s = lsa_saver_snapshot(x->saver);
+    LSA_TRY(x->resident ? lsa_resident_get(x->resident, s.params, s.m, s.v, err)
+                        : lsa_trainer_get(x->trainer, s.params, s.m, s.v, err));
+    state = state_json(x);
     if (!state) LSA_FAIL(LSA_E_NOMEM, "cannot format the training state");
-    LSA_TRY(x->resident ? lsa_resident_get(x->resident, x->params, x->m, x->v, err)
-                        : lsa_trainer_get(x->trainer, x->params, x->m, x->v, err));
-    LSA_TRY(lsa_ckpt_save(x->out, x->step, &x->g, x->params, x->m, x->v, state, best, x->r->keep, err));
+    LSA_TRY(lsa_saver_begin(x->saver, x->step, state, best, err));
+    x->saves++;
+    x->save_s += lsa_now_s() - t0;
 done:
-    json_decref(state);
     return st;
 }
 
@@ -160,20 +167,17 @@ static lsa_status open_run(run *x, const char *device, lsa_err *err) {
             LSA_E_CONFIG,
             "eval.metric captured needs native masses, but the shards hold no /stats; use eval.metric: f1 or recall");
     LSA_TRY(lsa_order_create(&x->order, x->source, x->r, 0, 1, err));
-    const int64_t n = lsa_indexer_n_param(&x->g);
-    LSA_TRY(LSA_NEW(x->params, n, err));
-    LSA_TRY(LSA_NEW(x->m, n, err));
-    LSA_TRY(LSA_NEW(x->v, n, err));
 done:
     return st;
 }
 
 /* Initial parameters: random, or a checkpoint widened to the recipe's geometry. */
-static lsa_status initial(run *x, lsa_err *err) {
+static lsa_status initial(run *x, float **params, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_ckpt c = {0};
+    LSA_TRY(LSA_NEW(*params, lsa_indexer_n_param(&x->g), err));
     if (!x->init) {
-        lsa_indexer_init_random(x->params, &x->g, (uint64_t)x->r->seed);
+        lsa_indexer_init_random(*params, &x->g, (uint64_t)x->r->seed);
         goto done;
     }
     LSA_TRY(lsa_ckpt_load(&c, x->init, false, err));
@@ -183,7 +187,7 @@ static lsa_status initial(run *x, lsa_err *err) {
         LSA_FAIL(LSA_E_CONFIG,
                  "--init '%s': its RoPE constants are not those of the shards: it belongs to another teacher",
                  x->init);
-    LSA_TRY(lsa_indexer_widen(x->params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
+    LSA_TRY(lsa_indexer_widen(*params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
 done:
     lsa_ckpt_fini(&c);
     return st;
@@ -200,6 +204,7 @@ static lsa_status open_trainer(run *x, const float *params, const float *m, cons
 }
 
 static void run_fini(run *x) {
+    lsa_saver_destroy(x->saver);
     if (x->metrics) fclose(x->metrics);
     lsa_tboard_close(&x->tb);
     lsa_trace_destroy(x->trace);
@@ -209,9 +214,6 @@ static void run_fini(run *x) {
     lsa_order_destroy(x->order);
     lsa_source_close(x->source);
     lsa_ctx_destroy(x->ctx);
-    lsa_free(x->params);
-    lsa_free(x->m);
-    lsa_free(x->v);
     json_decref(x->last_eval);
 }
 
@@ -273,10 +275,15 @@ done:
 
 /* ---- the loop ---- */
 
+/* A checkpoint is due after this step. */
+static bool due(const lsa_recipe *r, int64_t step) {
+    return step % r->save_every == 0 || (r->milestone_every && step % r->milestone_every == 0);
+}
+
 /* A step after which the state is looked at: no later one may have begun. */
 static bool boundary(const run *x, int64_t step) {
     const lsa_recipe *r = x->r;
-    return step == r->steps || step % r->save_every == 0 || (r->eval_every && step % r->eval_every == 0);
+    return step == r->steps || due(r, step) || (r->eval_every && step % r->eval_every == 0);
 }
 
 /* On a GPU the next step is started before the result of this one is awaited. */
@@ -362,13 +369,16 @@ static lsa_status loop(run *x, lsa_err *err) {
             if (r->patience && x->since_best >= r->patience) x->stopped = true;
         }
         const bool stop = lsa_stop_requested() && x->launched == x->step;
-        if (best || x->stopped || stop || last || x->step % r->save_every == 0) LSA_TRY(save(x, best, err));
+        if (best || x->stopped || stop || last || due(r, x->step)) LSA_TRY(save(x, best, err));
+        LSA_TRY(stop ? lsa_saver_wait(x->saver, err) : lsa_saver_poll(x->saver, err));
         if (eval || best || last) t0 = lsa_now_s(), n0 = x->step;
         if (stop && !last)
             LSA_FAIL(LSA_E_INTERRUPTED, "stopped at step %lld of %lld, saved; 'lsa-train resume %s' goes on",
                      (long long)x->step, (long long)r->steps, x->out);
     }
+    LSA_TRY(lsa_saver_wait(x->saver, err));
     lsa_progress_end(&p);
+    if (x->saves) lsa_info("%lld checkpoints; steps waited %.3f s for them", (long long)x->saves, x->save_s);
     if (x->stopped) lsa_info("stopped early: %lld evaluations without improvement", (long long)x->since_best);
     if (x->trace) LSA_TRY(lsa_trace_save(x->trace, r->trace, err));
 done:
@@ -412,6 +422,7 @@ lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out,
     lsa_status st = LSA_OK;
     run x = {.r = r, .out = out, .data = data, .init = init};
     char path[LSA_PATH_MAX];
+    float *params = NULL;
     int lock = -1;
     LSA_TRY(lsa_path(path, err, "%s/run.json", out));
     if (lsa_exists(path))
@@ -419,17 +430,43 @@ lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out,
                  "'%s' already holds a run; 'lsa-train resume %s' goes on with it, or choose another --out",
                  out, out);
     LSA_TRY(open_run(&x, device, err));
-    LSA_TRY(initial(&x, err));
-    LSA_TRY(open_trainer(&x, x.params, NULL, NULL, 0, err));
+    LSA_TRY(initial(&x, &params, err));
+    LSA_TRY(open_trainer(&x, params, NULL, NULL, 0, err));
     LSA_TRY(lsa_mkdirs(out, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(write_run_files(&x, err));
     LSA_TRY(open_logs(&x, err));
-    if (*r->trace) LSA_TRY(lsa_trace_create(&x.trace, x.params, &x.g, err));
+    LSA_TRY(lsa_saver_create(&x.saver, out, &x.g, r->keep, r->milestone_every, -1, err));
+    if (*r->trace) LSA_TRY(lsa_trace_create(&x.trace, params, &x.g, err));
     LSA_TRY(loop(&x, err));
 done:
     run_fini(&x);
+    lsa_free(params);
     lsa_unlock(lock);
+    return st;
+}
+
+/* The latest checkpoint; or, if that one is damaged, the newest whole one before it. */
+static lsa_status load_latest(lsa_ckpt *c, const char *out, const char *latest, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char dir[LSA_PATH_MAX], older[LSA_PATH_MAX];
+    lsa_err why = {0};
+    LSA_TRY(lsa_ckpt_resolve(dir, latest, err));
+    while ((st = lsa_ckpt_load(c, dir, true, &why)) == LSA_E_FORMAT) {
+        LSA_TRY(lsa_ckpt_older(older, out, dir, err));
+        if (!*older) {
+            lsa_err_wrap(
+                &why,
+                "no checkpoint before it is left: restore the file from a copy, or start a new run with --init");
+            break;
+        }
+        lsa_warn("%s; going on from '%s' instead, its steps are done again", why.msg, older);
+        LSA_TRY(lsa_path(dir, err, "%s", older));
+        why = (lsa_err){0};
+    }
+    st = why.code;
+    if (st != LSA_OK && err && err->code == LSA_OK) *err = why;
+done:
     return st;
 }
 
@@ -442,6 +479,7 @@ lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
     char path[LSA_PATH_MAX];
     int lock = -1;
     int64_t updates = 0;
+    float *params = NULL;
     LSA_TRY(lsa_path(path, err, "%s/run.json", out));
     if (!lsa_exists(path))
         LSA_FAIL(LSA_E_IO, "'%s' is not a run: it has no run.json; start one with 'lsa-train run'", out);
@@ -452,26 +490,29 @@ lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
         lsa_recipe_from_json(&r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(o, "recipe"), path, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(open_run(&x, device, err));
-    LSA_TRY(lsa_ckpt_clean(out, r.keep, err)); /* a kill may have come before the save's own pruning */
+    LSA_TRY(lsa_ckpt_clean(out, r.keep, r.milestone_every,
+                           err)); /* a kill may have come before the save's own pruning */
     LSA_TRY(lsa_path(path, err, "%s/ckpt/latest", out));
     if (lsa_exists(path)) {
-        LSA_TRY(lsa_ckpt_load(&c, path, true, err));
+        LSA_TRY(load_latest(&c, out, path, err));
         LSA_TRY(restore_state(&x, &updates, c.state, c.dir, err));
         LSA_TRY(open_trainer(&x, c.params, c.m, c.v, updates, err));
     } else {
-        LSA_TRY(initial(&x, err));
-        LSA_TRY(open_trainer(&x, x.params, NULL, NULL, 0, err));
+        LSA_TRY(initial(&x, &params, err));
+        LSA_TRY(open_trainer(&x, params, NULL, NULL, 0, err));
     }
     if (x.step >= r.steps || x.stopped) {
         lsa_info("'%s' is finished: nothing to resume", out);
         goto done;
     }
     LSA_TRY(open_logs(&x, err));
+    LSA_TRY(lsa_saver_create(&x.saver, out, &x.g, r.keep, r.milestone_every, c.params ? x.step : -1, err));
     if (*r.trace) lsa_warn("train.trace: a resumed run writes no trace; traces are for short runs in one go");
     LSA_TRY(loop(&x, err));
 done:
     lsa_ckpt_fini(&c);
     run_fini(&x);
+    lsa_free(params);
     json_decref(o);
     lsa_unlock(lock);
     return st;
