@@ -309,7 +309,7 @@ static lsa_status verify(setup *x, lsa_err *err) {
     LSA_TRY(batch_of(&b, x, m, err));
     r.batch = m;
     LSA_TRY(lsa_ctx_create(&ref, "ref", err));
-    LSA_TRY(lsa_trainer_create(&t, ref, &r, &x->g, x->params, NULL, NULL, 0, err));
+    LSA_TRY(lsa_trainer_create(&t, ref, NULL, 1, &r, &x->g, x->params, NULL, NULL, 0, err));
     if (r.hard_share > 0) {
         LSA_TRY(LSA_NEW(z, x->g.n_layer * m * b.n, err));
         LSA_TRY(LSA_NEW(n_pos, m, err));

@@ -96,6 +96,9 @@ const lsa_key lsa_recipe_keys[] = {
          "AdamW's moments in GPU memory (bf16: stochastic rounding)"),
     F64("optim.weight_decay", weight_decay, "0.01", 0, 10, "decoupled weight decay"),
     BOOL("optim.decay_norm", decay_norm, "false", "decay the norm gains too"),
+    BOOL(
+        "optim.zero1", zero1, "false",
+        "with several ranks: each holds and updates the moments of its part of the parameters (less memory, the same result)"),
     F64("optim.beta1", beta1, "0.9", 0, 0.999999, "first moment"),
     F64("optim.beta2", beta2, "0.999", 0, 0.9999999, "second moment"),
     F64("optim.eps", eps, "1e-8", 0, 1, "added to the root of the second moment"),

@@ -77,12 +77,16 @@ lsa_status lsa_saver_wait(lsa_saver *s, lsa_err *err) {
     return s->st;
 }
 
-lsa_status lsa_saver_poll(lsa_saver *s, lsa_err *err) {
-    if (!s->running) return LSA_OK;
+bool lsa_saver_busy(lsa_saver *s) {
+    if (!s->running) return false;
     pthread_mutex_lock(&s->lock);
     const bool ended = s->ended;
     pthread_mutex_unlock(&s->lock);
-    return ended ? lsa_saver_wait(s, err) : LSA_OK;
+    return !ended;
+}
+
+lsa_status lsa_saver_poll(lsa_saver *s, lsa_err *err) {
+    return lsa_saver_busy(s) ? LSA_OK : lsa_saver_wait(s, err);
 }
 
 void lsa_saver_destroy(lsa_saver *s) {

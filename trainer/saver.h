@@ -4,6 +4,8 @@
 #ifndef LSA_TRAINER_SAVER_H
 #define LSA_TRAINER_SAVER_H
 
+#include <stdbool.h>
+
 #include "kernels/core/json.h"
 #include "kernels/model/indexer.h"
 
@@ -21,6 +23,7 @@ typedef struct lsa_snapshot {
 } lsa_snapshot;
 lsa_snapshot lsa_saver_snapshot(lsa_saver *s);
 
+bool lsa_saver_busy(lsa_saver *s); /* a write is running */
 /* Error of a write that ended; LSA_OK while one is running. */
 LSA_NODISCARD lsa_status lsa_saver_poll(lsa_saver *s, lsa_err *err);
 /* The same, after waiting for a running one. */
