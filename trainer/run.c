@@ -148,6 +148,15 @@ static lsa_status wait_saved(run *x, lsa_err *err) {
     return lsa_saver_wait(x->saver, err);
 }
 
+/* The same for all ranks: none leaves before the last checkpoint is whole, and all hear if it is not. */
+static lsa_status settle(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(wait_saved(x, err));
+    LSA_TRY(lsa_comm_barrier(x->comm, err));
+done:
+    return st;
+}
+
 /* Begins a checkpoint: waits for the one before, takes the snapshot (on rank 0, from all); the writing goes
  * on beside the steps. The file does not depend on the number of ranks. */
 static lsa_status save(run *x, bool best, lsa_err *err) {
@@ -419,7 +428,7 @@ static lsa_status loop(run *x, lsa_err *err) {
             lsa_comm_any(x->comm, &stop, err)); /* a signal may reach the ranks at different steps, or one */
         if (best || x->stopped || stop || last || due(r, x->step)) LSA_TRY(save(x, best, err));
         if (stop)
-            LSA_TRY(wait_saved(x, err));
+            LSA_TRY(settle(x, err));
         else if (x->lead)
             LSA_TRY(lsa_saver_poll(x->saver, err));
         if (eval || best || last) t0 = lsa_now_s(), n0 = x->step;
@@ -427,7 +436,7 @@ static lsa_status loop(run *x, lsa_err *err) {
             LSA_FAIL(LSA_E_INTERRUPTED, "stopped at step %lld of %lld, saved; 'lsa-train resume %s' goes on",
                      (long long)x->step, (long long)r->steps, x->out);
     }
-    LSA_TRY(wait_saved(x, err));
+    LSA_TRY(settle(x, err));
     lsa_progress_end(&p);
     if (x->saves) lsa_info("%lld checkpoints; steps waited %.3f s for them", (long long)x->saves, x->save_s);
     if (x->stopped) lsa_info("stopped early: %lld evaluations without improvement", (long long)x->since_best);
