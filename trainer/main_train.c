@@ -48,10 +48,16 @@ static lsa_status ranks_open(ranks *r, lsa_err *err) {
     return st;
 }
 
-/* Ends the ranks' work together; an error says which rank reports it. */
+/* Ends the ranks' work together; an error says which rank reports it. Of an interruption only rank 0 speaks,
+ * and the others end with 0: a launcher kills the rest of a job as soon as one rank leaves with another code.
+ */
 static lsa_status ranks_close(ranks *r, lsa_status st, lsa_err *err) {
     const int rank = r->comm ? lsa_comm_rank(r->comm) : 0, size = r->comm ? lsa_comm_size(r->comm) : 1;
     lsa_comm_close(r->comm, st, err);
+    if (st == LSA_E_INTERRUPTED && rank > 0) {
+        *err = (lsa_err){0};
+        return LSA_OK;
+    }
     if (st != LSA_OK && size > 1) lsa_err_wrap(err, "rank %d", rank);
     return st;
 }

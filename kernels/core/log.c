@@ -90,7 +90,6 @@ void lsa_progress_end(lsa_progress *p) {
 }
 
 int lsa_report_error(const char *program, const lsa_err *err) {
-    if (g_level == LSA_LOG_QUIET && err->code == LSA_E_INTERRUPTED) return lsa_exit_code(err->code);
     fprintf(stderr, "%s%s: %s: %s\n", g_line_open ? "\n" : "", program,
             err->code == LSA_E_INTERRUPTED ? "interrupted" : "error",
             err->msg[0] ? err->msg : lsa_status_name(err->code));

@@ -27,8 +27,7 @@ void lsa_progress_begin(lsa_progress *p, const char *what, const char *unit, dou
 void lsa_progress_update(lsa_progress *p, double done, const char *extra);
 void lsa_progress_end(lsa_progress *p);
 
-/* Prints "<program>: error: <message>" and returns the exit code. At level QUIET an interruption is not
- * printed: of many ranks that stop together one says so. */
+/* Prints "<program>: error: <message>" and returns the exit code. */
 int lsa_report_error(const char *program, const lsa_err *err);
 
 /* SIGINT, SIGTERM and SIGUSR1 set a flag that long loops read; a second signal exits at once. */
