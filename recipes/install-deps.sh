@@ -6,9 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 pkgs=(build-essential cmake ninja-build pkg-config libhdf5-dev libjansson-dev libcyaml-dev libyaml-dev
-      libxxhash-dev zlib1g-dev libopenblas-openmp-dev)
+      libxxhash-dev zlib1g-dev libopenblas-openmp-dev libopenmpi-dev openmpi-bin)
 if [ "${1:-}" = "--tests" ]; then
-    pkgs+=(libcmocka-dev clang clang-format-14 libclang-rt-14-dev libomp-14-dev valgrind chromium)
+    pkgs+=(libcmocka-dev clang clang-format-14 libclang-rt-14-dev libomp-14-dev valgrind chromium iproute2)
 fi
 
 missing=()
