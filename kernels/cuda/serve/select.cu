@@ -297,6 +297,13 @@ static __device__ uint32_t scan(uint32_t v, uint32_t *total) {
     return before + upto - v;
 }
 
+/* bin[b]++ by some threads of a warp; those with the same bin, as most pages have at first, add once
+ * together. */
+static __device__ __forceinline__ void count_in(uint32_t *bin, uint32_t b) {
+    const unsigned here = __activemask(), same = __match_any_sync(here, b);
+    if ((threadIdx.x & 31) == (unsigned)__ffs((int)same) - 1) atomicAdd(&bin[b], (uint32_t)__popc(same));
+}
+
 /* The k best pages of a request, ascending: histograms of 11 bits until the bin that holds the k-th key is
  * small, then ranks by counting, then one ordered walk. A thread keeps its first keys (all, up to a million
  * tokens) in registers. */
@@ -340,7 +347,8 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
         for (int j = t; j < BINS; j += 1024) bin[j] = 0;
         __syncthreads();
         each([&](uint64_t x) {
-            if (above == 64 || x >> above == found >> above) atomicAdd(&bin[x >> shift & (BINS - 1)], 1u);
+            if (above == 64 || x >> above == found >> above)
+                count_in(bin, (uint32_t)(x >> shift) & (BINS - 1));
         });
         __syncthreads();
         uint32_t total, v[OWN], sum = 0;
@@ -371,15 +379,32 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
         }
         __syncthreads();
     }
+    /* ids: KEPT times 1,024 pages at a time; entry j of a warp's counts precedes entry j + 1 of all */
     const uint64_t bound = found_at;
+    const int lane = t & 31;
     int64_t written = 0;
-    for (int64_t p0 = 0; p0 < n_page; p0 += 1024) {
-        const int64_t p = p0 + t;
-        const bool kept = p < n_page && key[p] >= bound;
-        uint32_t total;
-        const int64_t to = written + scan(kept, &total);
-        if (kept && to < a.ld_out) a.out[i * a.ld_out + to] = (int32_t)p;
-        written += total;
+    for (int64_t p0 = 0; p0 < n_page; p0 += KEPT * 1024) {
+        uint32_t word[KEPT], *const counts = bin, *const first = bin + KEPT * 32;
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < KEPT; j++) {
+            const int64_t p = p0 + j * 1024 + t;
+            word[j] = __ballot_sync(0xffffffffu, p < n_page && (p0 ? key[p] : mine[j]) >= bound);
+            if (lane == 0) counts[j * 32 + (t >> 5)] = __popc(word[j]);
+        }
+        __syncthreads();
+        if (t < KEPT * 32) {
+            uint32_t before = 0;
+            for (int w = 0; w < KEPT * 32; w++) before += w < t ? counts[w] : 0;
+            first[t] = before;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < KEPT; j++) {
+            const int64_t to = written + first[j * 32 + (t >> 5)] + __popc(word[j] & ((1u << lane) - 1));
+            if (word[j] >> lane & 1 && to < a.ld_out) a.out[i * a.ld_out + to] = (int32_t)(p0 + j * 1024 + t);
+        }
+        written += first[KEPT * 32 - 1] + counts[KEPT * 32 - 1];
     }
     if (t == 0) a.n_out[i] = (int32_t)min(written, a.ld_out);
 }
