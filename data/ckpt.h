@@ -43,10 +43,4 @@ typedef struct lsa_ckpt {
 LSA_NODISCARD lsa_status lsa_ckpt_load(lsa_ckpt *out, const char *arg, bool with_optim, lsa_err *err);
 void lsa_ckpt_fini(lsa_ckpt *c);
 
-/* Geometry <-> flat string metadata of model.safetensors ("lsa.geometry": JSON text), shared with the
- * exported file. */
-LSA_NODISCARD lsa_status lsa_geom_to_json(json_t **out, const lsa_indexer_geom *g, lsa_err *err);
-LSA_NODISCARD lsa_status lsa_geom_from_json(lsa_indexer_geom *g, const json_t *o, const char *where,
-                                            lsa_err *err);
-
 #endif

@@ -216,21 +216,28 @@ static lsa_status parse_end(int64_t *out, int64_t dflt, const char *s, size_t n,
     return LSA_OK;
 }
 
-static lsa_status set_range(lsa_docs *d, const char *range, lsa_err *err) {
+lsa_status lsa_docs_range(int64_t *first, int64_t *last, const char *range, int64_t n, lsa_err *err) {
     lsa_status st = LSA_OK;
-    int64_t a = 0, b = d->doc.len;
+    int64_t a = 0, b = n;
     if (range) {
         const char *colon = strchr(range, ':');
         if (!colon) LSA_FAIL(LSA_E_ARG, "--documents '%s' must look like A:B, half-open, from 0", range);
         LSA_TRY(parse_end(&a, 0, range, (size_t)(colon - range), range, err));
-        LSA_TRY(parse_end(&b, d->doc.len, colon + 1, strlen(colon + 1), range, err));
+        LSA_TRY(parse_end(&b, n, colon + 1, strlen(colon + 1), range, err));
     }
-    if (a >= b || b > d->doc.len)
+    if (a >= b || b > n)
         LSA_FAIL(LSA_E_ARG, "--documents %lld:%lld is not a non-empty part of the %lld documents",
-                 (long long)a, (long long)b, (long long)d->doc.len);
-    d->first = a;
-    d->count = b - a;
+                 (long long)a, (long long)b, (long long)n);
+    *first = a;
+    *last = b;
 done:
+    return st;
+}
+
+static lsa_status set_range(lsa_docs *d, const char *range, lsa_err *err) {
+    int64_t last = 0;
+    const lsa_status st = lsa_docs_range(&d->first, &last, range, d->doc.len, err);
+    d->count = last - d->first;
     return st;
 }
 

@@ -31,6 +31,10 @@ typedef struct lsa_doc {
     bool has_needs;
 } lsa_doc;
 
+/* Documents [*first, *last) of n that a --documents value means; LSA_E_ARG as below. */
+LSA_NODISCARD lsa_status lsa_docs_range(int64_t *first, int64_t *last, const char *range, int64_t n,
+                                        lsa_err *err);
+
 typedef struct lsa_docs lsa_docs;
 
 /* `range` is "A:B" (half-open, from 0; either side may be empty) or NULL. An empty document, an id >= vocab

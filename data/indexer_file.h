@@ -1,14 +1,19 @@
 /* The exported indexer folder INDEXER/: what servers and lsa-decode load. Format: export/EXPORT_FORMAT.md.
  *
  * indexer.safetensors holds exactly
- * retrievers.l{ord}.{wq_a.weight,wq_b.weight,q_norm_weight,weights_proj.weight} in fp32 and string metadata:
- * format=pt, lsa.format=lsa-indexer/1, lsa.geometry (JSON), lsa.select (JSON: ensemble sum|mean|max, tau,
- * tail, threshold), lsa.train (JSON: step, recipe hash, data hash, teacher name+hash, max trained position),
- * and lsa.calibration (JSON) once calibrated.
+ * retrievers.l{ord}.{wq_a.weight,wq_b.weight,q_norm_weight,weights_proj.weight} in fp32, bf16 or fp8 with
+ * scales (data/weights.h) and string metadata: format=pt, lsa.format=lsa-indexer/1, lsa.dtype, lsa.geometry
+ * (JSON), lsa.select (JSON: ensemble sum|mean|max, tau, tail, threshold), lsa.train (JSON: step, recipe hash,
+ * data hash, teacher name+hash, max trained position), and lsa.calibration (JSON) once calibrated.
  */
 #ifndef LSA_DATA_INDEXER_FILE_H
 #define LSA_DATA_INDEXER_FILE_H
 
+#include <stdbool.h>
+
+#include "data/sink.h"
+#include "data/tensor_file.h"
+#include "kernels/core/dtype.h"
 #include "kernels/core/json.h"
 #include "kernels/core/lsa_status.h"
 #include "kernels/model/indexer.h"
@@ -21,7 +26,8 @@ LSA_NODISCARD lsa_status lsa_ensemble_parse(lsa_ensemble *out, const char *s, ls
 
 typedef struct lsa_indexer_file {
     lsa_indexer_geom geom;
-    float *params; /* host, flat order of the parameter table; owned */
+    float *params;   /* host, flat order of the parameter table; owned; exact in dtype (lsa_weights_round) */
+    lsa_dtype dtype; /* of the matrices in files: F32, BF16, F8_E4M3 */
     lsa_ensemble ensemble;
     int64_t tau, tail;   /* tokens, as trained */
     double threshold;    /* on the mean or max of sigmoids; 0.5 uncalibrated */
@@ -32,5 +38,20 @@ typedef struct lsa_indexer_file {
 LSA_NODISCARD lsa_status lsa_indexer_file_load(lsa_indexer_file *out, const char *dir, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_indexer_file_save(const lsa_indexer_file *f, const char *dir, lsa_err *err);
 void lsa_indexer_file_fini(lsa_indexer_file *f);
+
+/* The bytes of indexer.safetensors; without the joint prefix (`joint` false) f must have one layer. */
+LSA_NODISCARD lsa_status lsa_indexer_file_emit(lsa_sink *to, const lsa_indexer_file *f, bool joint,
+                                               lsa_err *err);
+
+/* The string metadata: pair = {key, value, ..., NULL} as lsa_st_save takes it. */
+typedef struct lsa_indexer_meta {
+    const char *pair[16];
+    char *text[4]; /* owned */
+} lsa_indexer_meta;
+LSA_NODISCARD lsa_status lsa_indexer_meta_make(lsa_indexer_meta *m, const lsa_indexer_file *f, lsa_err *err);
+void lsa_indexer_meta_fini(lsa_indexer_meta *m);
+/* Everything of *f but params from the metadata of `from`, which must have lsa.format. */
+LSA_NODISCARD lsa_status lsa_indexer_meta_read(lsa_indexer_file *f, const lsa_tensor_file *from,
+                                               lsa_err *err);
 
 #endif

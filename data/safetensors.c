@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/sink.h"
 #include "kernels/core/file.h"
 #include "kernels/core/json.h"
 #include "kernels/core/mem.h"
@@ -265,13 +266,14 @@ static lsa_status entry_bytes(int64_t *out, const lsa_st_entry *e, lsa_err *err)
     return LSA_OK;
 }
 
-lsa_status lsa_st_save(const char *path, const lsa_st_entry *entries, int64_t n, const char *const *metadata,
-                       lsa_err *err) {
+/* The header of entries, with its length before it and padded to 8 bytes: (*out)[*n], freed by lsa_free. */
+static lsa_status make_header(char **out, size_t *n_bytes, const lsa_st_entry *entries, int64_t n,
+                              const char *const *metadata, lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_commit c = {.fd = -1};
     json_t *head = json_object();
     char *text = NULL;
     int64_t offset = 0;
+    *out = NULL;
     if (metadata && metadata[0]) {
         json_t *m = json_object();
         for (int64_t i = 0; metadata[i]; i += 2)
@@ -293,14 +295,28 @@ lsa_status lsa_st_save(const char *path, const lsa_st_entry *entries, int64_t n,
         offset += bytes;
     }
     text = json_dumps(head, JSON_COMPACT);
-    if (!text) LSA_FAIL(LSA_E_NOMEM, "cannot format the header of '%s'", path);
-    size_t len = strlen(text), padded = (len + 7) / 8 * 8;
-    unsigned char pre[8];
-    for (int i = 0; i < 8; i++) pre[i] = (unsigned char)((uint64_t)padded >> (8 * i));
+    if (!text) LSA_FAIL(LSA_E_NOMEM, "cannot format a safetensors header");
+    const size_t len = strlen(text), padded = (len + 7) / 8 * 8;
+    LSA_TRY(LSA_NEW(*out, 8 + padded, err));
+    for (int i = 0; i < 8; i++) (*out)[i] = (char)((uint64_t)padded >> (8 * i));
+    memset(*out + 8, ' ', padded);
+    memcpy(*out + 8, text, len);
+    *n_bytes = 8 + padded;
+done:
+    free(text);
+    json_decref(head);
+    return st;
+}
+
+lsa_status lsa_st_save(const char *path, const lsa_st_entry *entries, int64_t n, const char *const *metadata,
+                       lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_commit c = {.fd = -1};
+    char *head = NULL;
+    size_t n_head;
+    LSA_TRY(make_header(&head, &n_head, entries, n, metadata, err));
     LSA_TRY(lsa_commit_begin(&c, path, err));
-    LSA_TRY(lsa_commit_write(&c, pre, 8, err));
-    LSA_TRY(lsa_commit_write(&c, text, len, err));
-    LSA_TRY(lsa_commit_write(&c, "        ", padded - len, err));
+    LSA_TRY(lsa_commit_write(&c, head, n_head, err));
     for (int64_t i = 0; i < n; i++) {
         int64_t bytes;
         LSA_TRY(entry_bytes(&bytes, &entries[i], err));
@@ -309,7 +325,31 @@ lsa_status lsa_st_save(const char *path, const lsa_st_entry *entries, int64_t n,
     LSA_TRY(lsa_commit_end(&c, err));
 done:
     lsa_commit_abort(&c);
-    free(text);
-    json_decref(head);
+    lsa_free(head);
+    return st;
+}
+
+lsa_status lsa_st_emit(lsa_sink *to, const lsa_tensor_out *t, int64_t n, const char *const *metadata,
+                       lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_st_entry *e = NULL;
+    char *head = NULL;
+    size_t n_head;
+    LSA_TRY(LSA_NEW(e, n, err));
+    for (int64_t i = 0; i < n; i++) {
+        e[i] = (lsa_st_entry){.name = t[i].name, .dtype = t[i].dtype, .n_dim = t[i].n_dim};
+        memcpy(e[i].shape, t[i].shape, sizeof t[i].shape);
+    }
+    LSA_TRY(make_header(&head, &n_head, e, n, metadata, err));
+    LSA_TRY(lsa_sink_put(to, head, n_head, err));
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t begin = to->n_bytes;
+        LSA_TRY(t[i].emit(&t[i], to, err));
+        if (to->n_bytes - begin != lsa_tensor_out_bytes(&t[i]))
+            LSA_FAIL(LSA_E_BUG, "tensor '%s' wrote another size than its shape", t[i].name);
+    }
+done:
+    lsa_free(e);
+    lsa_free(head);
     return st;
 }

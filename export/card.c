@@ -42,8 +42,12 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
         "only those on the GPU. Written by lsa %s.\n\n",
         (long long)f->tau, lsa_version());
     say(&t,
-        "| | |\n|---|---|\n| parameters | %lld, fp32 |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
-        (long long)lsa_indexer_n_param(g), g->n_head, g->head_dim, g->rank, g->hidden);
+        "| | |\n|---|---|\n| parameters | %lld, %s |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
+        (long long)lsa_indexer_n_param(g),
+        f->dtype == LSA_F32    ? "fp32"
+        : f->dtype == LSA_BF16 ? "bf16 (q_norm_weight fp32)"
+                               : "fp8 e4m3 with one fp32 scale a row, `<name>_scale` (q_norm_weight fp32)",
+        g->n_head, g->head_dim, g->rank, g->hidden);
     say(&t, "| joint layers (CSA ordinal = transformer layer) |");
     for (int32_t l = 0; l < g->n_layer; l++)
         say(&t, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
@@ -83,8 +87,9 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
     }
     say(&t,
         "## How to load it\n\n`indexer.safetensors` holds `retrievers.l{ordinal}.wq_a.weight` [rank, hidden], `.wq_b.weight` [heads x 128, rank], `.q_norm_weight` [rank] and "
-        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage; replay it before serving, or run "
-        "`lsa-export verify` on this folder.\n\n");
+        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage. "
+        "Before serving, run `check(folder, score, path)` of `check_indexer.py` (numpy only) on the engine's own score function: it names the convention that is wrong. "
+        "`lsa-export verify` proves the folder itself.\n\n");
     say(&t,
         "## Limits\n\nFitted on contexts up to the length above; positions far beyond it were never seen. The hidden vector is the attention input of its layer after "
         "the input norm, of the token before the window.\n");

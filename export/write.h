@@ -1,22 +1,26 @@
-/* Checkpoint -> exported indexer, and a teacher's own indexer -> checkpoint. */
+/* Checkpoint -> exported indexer, and the proof that an exported indexer is what it says. */
 #ifndef LSA_EXPORT_WRITE_H
 #define LSA_EXPORT_WRITE_H
 
 #include "data/indexer_file.h"
 #include "export/folder.h"
 
-/* Writes INDEXER/ from a checkpoint: see folder.h. */
-LSA_NODISCARD lsa_status lsa_export_write(const char *ckpt, const char *out, lsa_ensemble ensemble,
-                                          double threshold, const lsa_export_options *o, lsa_err *err);
+/* What the file says beside the weights. NULL: as the export that the checkpoint was imported from said; else
+ * sum of logits, 0.5, f32. */
+typedef struct lsa_export_rule {
+    const lsa_ensemble *ensemble;
+    const double *threshold; /* on the sigmoid, uncalibrated */
+    const lsa_dtype *dtype;
+} lsa_export_rule;
 
-/* Golden vectors (conform.h), names, shapes, finiteness; and against `ckpt` bit by bit unless NULL. *worst:
- * largest difference of a stage on the f32 path. */
+/* Writes INDEXER/ from a checkpoint: see folder.h. Calibration of an imported export is kept if the weights
+ * are (same dtype). */
+LSA_NODISCARD lsa_status lsa_export_write(const char *ckpt, const char *out, const lsa_export_rule *rule,
+                                          const lsa_export_options *o, lsa_err *err);
+
+/* Golden vectors (conform.h), names, shapes, finiteness; the files beside it; and against `ckpt` bit by bit
+ * unless NULL (rounded to the file's weight type). *worst: largest difference of a stage on the f32 path. */
 LSA_NODISCARD lsa_status lsa_export_verify(const char *indexer, const char *ckpt, double *worst,
-                                           lsa_err *err);
-
-/* RUN/ckpt with the native indexer weights of a teacher: same heads and rank, every CSA layer or the listed
- * ordinals. */
-LSA_NODISCARD lsa_status lsa_export_import(const char *teacher, const char *out, const char *layers,
                                            lsa_err *err);
 
 #endif

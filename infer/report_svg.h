@@ -4,7 +4,7 @@
 #ifndef LSA_INFER_REPORT_SVG_H
 #define LSA_INFER_REPORT_SVG_H
 
-#include "infer/page.h"
+#include "kernels/core/page.h"
 #include "infer/validate.h"
 #include "kernels/core/json.h"
 

@@ -22,8 +22,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if [ "${1:-}" = "--tests" ] && [ ! -x build/venv/bin/python ]; then
+if [ "${1:-}" = "--tests" ]; then
     mkdir -p build
-    python3 -m venv build/venv
-    build/venv/bin/pip -q install 'numpy<3' h5py safetensors tensorboard 'setuptools<81'
+    [ -x build/venv/bin/python ] || python3 -m venv build/venv
+    build/venv/bin/python -c 'import gguf, h5py, numpy, safetensors, tensorboard' 2>/dev/null ||
+        build/venv/bin/pip -q install 'numpy<3' h5py safetensors tensorboard gguf 'setuptools<81'
 fi

@@ -15,6 +15,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
+#include "kernels/cpu/topk.h"
 #include "trainer/resident.h"
 
 enum { DOCS = 2, REPEATS = 5, POSITIVES = 512 };
@@ -150,13 +151,14 @@ done:
     return st;
 }
 
-static lsa_status open_train(setup *x, int64_t batch, lsa_err *err) {
+static lsa_status open_train(setup *x, int64_t batch, bool poison, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_recipe r = x->b->r;
     r.batch = batch;
     r.max_pos = lsa_max_i64(1, (int64_t)((double)x->b->candidates / (1 + r.neg_ratio)));
     if (r.micro_batch > batch) r.micro_batch = 0;
     x->o = lsa_resident_options(&r, DOCS, x->b->chunks);
+    x->o.poison = poison;
     lsa_gpu_destroy(x->step);
     x->step = NULL;
     LSA_TRY(lsa_gpu_create(&x->step, x->ctx, &x->g, &x->o, x->params, NULL, NULL, 0, err));
@@ -174,24 +176,16 @@ static void draw_rows(setup *x, int64_t m, int64_t epoch, bool one_document) {
 
 /* ---- against ref ---- */
 
-/* The step's samples as a batch of the op-by-op trainer. */
-static lsa_status batch_of(lsa_batch *b, setup *x, int64_t m, lsa_err *err) {
+/* Keys, hidden vectors and positions of x->row [0, m) for the op-by-op trainer: n columns, no labels. */
+static lsa_status batch_inputs(lsa_batch *b, setup *x, int64_t m, int64_t n, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const int64_t n = x->o.columns, d = x->g.hidden, nk = x->b->chunks;
-    int32_t *n_pos = NULL;
+    const int64_t d = x->g.hidden, nk = x->b->chunks;
     b->m = m;
     b->n = n;
     b->n_key = DOCS * nk;
-    b->has_cand = x->o.sampled;
-    LSA_TRY(LSA_NEW(n_pos, m, err));
     LSA_TRY(LSA_NEW(b->n_cand, m, err));
-    LSA_TRY(LSA_NEW(b->cand, m * n, err));
-    LSA_TRY(LSA_NEW(b->y, m * n, err));
-    LSA_TRY(LSA_NEW(b->weight, m * n, err));
-    LSA_TRY(LSA_NEW(b->row_weight, m, err));
     LSA_TRY(LSA_NEW(b->position, m, err));
     LSA_TRY(LSA_NEW(b->key_base, m, err));
-    LSA_TRY(lsa_gpu_peek(x->step, b->n_cand, n_pos, b->cand, b->y, b->weight, NULL, err));
     for (int32_t l = 0; l < x->g.n_layer; l++) {
         LSA_TRY(LSA_NEW(b->x[l], m * d, err));
         LSA_TRY(LSA_NEW(b->key[l], b->n_key * LSA_KEY_BYTES, err));
@@ -204,19 +198,39 @@ static lsa_status batch_of(lsa_batch *b, setup *x, int64_t m, lsa_err *err) {
     }
     for (int64_t i = 0; i < m; i++) {
         const int32_t k = x->row[i].slot, w = x->row[i].window;
+        b->n_cand[i] = (int32_t)n;
         b->position[i] = 64 * (int64_t)w + 63;
         b->key_base[i] = k * nk;
-        b->row_weight[i] = 1.0f;
-        b->row_weights += 1.0;
-        b->n_elem += b->n_cand[i];
-        b->n_balanced += n_pos[i];
-        b->n_pair += (int64_t)n_pos[i] * (b->n_cand[i] - n_pos[i]);
         for (int32_t l = 0; l < x->g.n_layer; l++)
             for (int64_t j = 0; j < d; j++) {
                 uint16_t h;
                 memcpy(&h, x->block[k] + x->doc[k].hidden + ((l * x->n_window + w) * d + j) * 2, 2);
                 b->x[l][i * d + j] = lsa_bf16_to_f32(h);
             }
+    }
+done:
+    return st;
+}
+
+/* The step's samples as a batch of the op-by-op trainer. */
+static lsa_status batch_of(lsa_batch *b, setup *x, int64_t m, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t n = x->o.columns;
+    int32_t *n_pos = NULL;
+    b->has_cand = x->o.sampled;
+    LSA_TRY(batch_inputs(b, x, m, n, err));
+    LSA_TRY(LSA_NEW(n_pos, m, err));
+    LSA_TRY(LSA_NEW(b->cand, m * n, err));
+    LSA_TRY(LSA_NEW(b->y, m * n, err));
+    LSA_TRY(LSA_NEW(b->weight, m * n, err));
+    LSA_TRY(LSA_NEW(b->row_weight, m, err));
+    LSA_TRY(lsa_gpu_peek(x->step, b->n_cand, n_pos, b->cand, b->y, b->weight, NULL, err));
+    for (int64_t i = 0; i < m; i++) {
+        b->row_weight[i] = 1.0f;
+        b->row_weights += 1.0;
+        b->n_elem += b->n_cand[i];
+        b->n_balanced += n_pos[i];
+        b->n_pair += (int64_t)n_pos[i] * (b->n_cand[i] - n_pos[i]);
     }
 done:
     lsa_free(n_pos);
@@ -286,30 +300,24 @@ done:
     return st;
 }
 
-static lsa_status verify(setup *x, lsa_err *err) {
+/* The gradient `ours` and the result of a step of m windows that began with `params`, against the same step
+ * over the ops of a column. */
+static lsa_status judge(setup *x, const char *column, int64_t m, const float *ours, const lsa_gpu_result *got,
+                        lsa_err *err) {
     lsa_status st = LSA_OK;
-    const int64_t m = 2;
-    lsa_ctx *ref = NULL;
+    lsa_ctx *ctx = NULL;
     lsa_trainer *t = NULL;
     lsa_batch b = {0};
-    lsa_gpu_result got;
     lsa_step_result want;
     lsa_recipe r = x->b->r;
-    float *ours = NULL, *theirs = NULL, *z = NULL;
+    float *theirs = NULL, *z = NULL;
     int32_t *n_pos = NULL;
     double part[LSA_INDEXER_PARTS];
-    LSA_TRY(open_train(x, m, err));
-    draw_rows(x, m, 3, false);
-    if (r.hard_share > 0) LSA_TRY(mine(x, err));
-    LSA_TRY(lsa_gpu_launch(x->step, x->row, 1e-4, err));
-    LSA_TRY(lsa_gpu_result_take(x->step, &got, err));
-    LSA_TRY(LSA_NEW(ours, x->n_param, err));
-    LSA_TRY(LSA_NEW(theirs, x->n_param, err));
-    LSA_TRY(lsa_gpu_peek(x->step, NULL, NULL, NULL, NULL, NULL, ours, err));
-    LSA_TRY(batch_of(&b, x, m, err));
     r.batch = m;
-    LSA_TRY(lsa_ctx_create(&ref, "ref", err));
-    LSA_TRY(lsa_trainer_create(&t, ref, &r, &x->g, x->params, NULL, NULL, 0, err));
+    LSA_TRY(batch_of(&b, x, m, err));
+    LSA_TRY(LSA_NEW(theirs, x->n_param, err));
+    LSA_TRY(lsa_ctx_create(&ctx, column, err));
+    LSA_TRY(lsa_trainer_create(&t, ctx, &r, &x->g, x->params, NULL, NULL, 0, err));
     if (r.hard_share > 0) {
         LSA_TRY(LSA_NEW(z, x->g.n_layer * m * b.n, err));
         LSA_TRY(LSA_NEW(n_pos, m, err));
@@ -320,31 +328,53 @@ static lsa_status verify(setup *x, lsa_err *err) {
     LSA_TRY(lsa_trainer_step(&want, t, &b, 0, err));
     LSA_TRY(lsa_trainer_grad(t, theirs, err));
     compare(x, ours, theirs, part);
-    const double loss = fabs(got.loss - want.loss) / fabs(want.loss),
-                 norm = fabs(got.grad_norm - want.grad_norm) / want.grad_norm;
+    const double loss = fabs(got->loss - want.loss) / fabs(want.loss),
+                 norm = fabs(got->grad_norm - want.grad_norm) / want.grad_norm;
     const bounds tol = tolerance(x->b);
     printf(
-        "{\"bench\": \"verify\", \"layers\": %lld, \"heads\": %lld, \"rank\": %lld, \"columns\": %lld, \"loss\": %.9g, \"ref_loss\": %.9g, "
-        "\"loss_error\": %.3g, \"norm_error\": %.3g, \"wq_a\": %.3g, \"wq_b\": %.3g, \"q_norm\": %.3g, \"weights_proj\": %.3g}\n",
-        (long long)x->b->layers, (long long)x->b->heads, (long long)x->b->rank, (long long)x->o.columns,
-        got.loss, want.loss, loss, norm, part[LSA_WQ_A], part[LSA_WQ_B], part[LSA_Q_NORM], part[LSA_W_PROJ]);
+        "{\"bench\": \"verify\", \"against\": \"%s\", \"windows\": %lld, \"layers\": %lld, \"heads\": %lld, \"rank\": %lld, "
+        "\"columns\": %lld, \"loss\": %.9g, \"ref_loss\": %.9g, \"loss_error\": %.3g, \"norm_error\": %.3g, \"wq_a\": %.3g, "
+        "\"wq_b\": %.3g, \"q_norm\": %.3g, \"weights_proj\": %.3g, \"checksum\": \"%016llx\"}\n",
+        column, (long long)m, (long long)x->b->layers, (long long)x->b->heads, (long long)x->b->rank,
+        (long long)x->o.columns, got->loss, want.loss, loss, norm, part[LSA_WQ_A], part[LSA_WQ_B],
+        part[LSA_Q_NORM], part[LSA_W_PROJ],
+        (unsigned long long)lsa_xxh64(ours, (size_t)x->n_param * sizeof *ours));
     fflush(stdout);
     if (!(part[LSA_WQ_A] < tol.query && part[LSA_WQ_B] < tol.query && part[LSA_Q_NORM] < tol.query &&
           part[LSA_W_PROJ] < tol.head && norm < tol.head && loss < tol.loss) ||
-        got.skipped)
+        got->skipped)
         LSA_FAIL(
             LSA_E_NUMERIC,
-            "the GPU step differs from ref: query path %.3g, head weights %.3g, norm %.3g, loss %.3g; allowed %g, %g, %g, %g",
-            fmax(part[LSA_WQ_A], fmax(part[LSA_WQ_B], part[LSA_Q_NORM])), part[LSA_W_PROJ], norm, loss,
-            tol.query, tol.head, tol.head, tol.loss);
+            "the GPU step differs from %s: query path %.3g, head weights %.3g, norm %.3g, loss %.3g; allowed %g, %g, %g, %g",
+            column, fmax(part[LSA_WQ_A], fmax(part[LSA_WQ_B], part[LSA_Q_NORM])), part[LSA_W_PROJ], norm,
+            loss, tol.query, tol.head, tol.head, tol.loss);
 done:
-    lsa_free(ours);
     lsa_free(theirs);
     lsa_free(z);
     lsa_free(n_pos);
     lsa_batch_fini(&b);
     lsa_trainer_destroy(t);
-    lsa_ctx_destroy(ref);
+    lsa_ctx_destroy(ctx);
+    return st;
+}
+
+/* Two windows against `ref`, in memory that starts as NaN between guard zones. */
+static lsa_status verify(setup *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t m = 2;
+    lsa_gpu_result got;
+    float *ours = NULL;
+    LSA_TRY(open_train(x, m, true, err));
+    draw_rows(x, m, 3, false);
+    if (x->b->r.hard_share > 0) LSA_TRY(mine(x, err));
+    LSA_TRY(lsa_gpu_launch(x->step, x->row, 1e-4, err));
+    LSA_TRY(lsa_gpu_result_take(x->step, &got, err));
+    LSA_TRY(lsa_gpu_guards(x->step, err));
+    LSA_TRY(LSA_NEW(ours, x->n_param, err));
+    LSA_TRY(lsa_gpu_peek(x->step, NULL, NULL, NULL, NULL, NULL, ours, err));
+    LSA_TRY(judge(x, "ref", m, ours, &got, err));
+done:
+    lsa_free(ours);
     return st;
 }
 
@@ -379,6 +409,12 @@ static lsa_status print_stages(setup *x, lsa_err *err) {
     if (st != LSA_OK) return st;
     printf("{\"bench\": \"stages\", \"batch\": %lld", (long long)x->o.batch);
     for (int32_t i = 0; i < t.n; i++) printf(", \"%s\": %.4f", t.name[i], t.ms[i]);
+    static const char *const way[] = {"forward", "backward"};
+    for (int i = 0; i < 2; i++)
+        if (t.cudnn_ms[i] >= 0)
+            printf(", \"norm %s by cuDNN\": %.4f, \"difference\": %.3g", way[i], t.cudnn_ms[i],
+                   t.cudnn_difference[i]);
+    if (*t.cudnn_refused) printf(", \"cuDNN\": \"%s\"", t.cudnn_refused);
     printf("}\n");
     return LSA_OK;
 }
@@ -388,12 +424,18 @@ lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err)
     setup x;
     double t[REPEATS], seconds, copy, flop;
     int64_t epoch = 10, free_bytes, total;
-    lsa_gpu_result last = {0};
+    lsa_gpu_result first, last = {0};
     float *grad = NULL;
     LSA_TRY(open_setup(&x, b, device, err));
     if (b->verify) LSA_TRY(verify(&x, err));
     if (b->steps == 0) goto done;
-    LSA_TRY(open_train(&x, b->r.batch, err));
+    LSA_TRY(open_train(&x, b->r.batch, false, err));
+    LSA_TRY(LSA_NEW(grad, x.n_param, err));
+    LSA_TRY(
+        run_steps(&x, 1, &epoch, &seconds, &first, err)); /* the graph that is timed, from known weights */
+    LSA_TRY(lsa_gpu_peek(x.step, NULL, NULL, NULL, NULL, NULL, grad, err));
+    if (b->verify && x.o.hard_share == 0)
+        LSA_TRY(judge(&x, "cpu", b->r.batch, grad, &first, err)); /* cpu is judged by ref: tests/ops */
     LSA_TRY(run_steps(&x, 5, &epoch, &seconds, &last, err));
     LSA_TRY(lsa_gpu_memory(x.step, &free_bytes, &total, err));
     for (int i = 0; i < REPEATS; i++) {
@@ -401,8 +443,6 @@ lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err)
         t[i] = seconds / (double)b->steps;
     }
     qsort(t, REPEATS, sizeof *t, ascending);
-    LSA_TRY(LSA_NEW(grad, x.n_param, err));
-    LSA_TRY(lsa_gpu_peek(x.step, NULL, NULL, NULL, NULL, NULL, grad, err));
     LSA_TRY(lsa_gpu_ceilings(x.step, &copy, &flop, err));
     const double P = (double)x.n_param, B = (double)b->r.batch, L = (double)b->layers, H = (double)b->heads,
                  s = t[REPEATS / 2];
@@ -428,6 +468,70 @@ done:
     return st;
 }
 
+/* The metrics that the device counted for the first windows of x->row, under the sum of the layers' logits,
+ * against the `cpu` column. NUMERIC: bf16 products change the order of near ties: 1 % of the mass and of the
+ * hits. */
+static lsa_status judge_eval(setup *x, const lsa_gpu_eval_row *row, int64_t stride, int64_t topk,
+                             int n_budget, const double *budget, lsa_err *err) {
+    enum { M = 8 };
+    lsa_status st = LSA_OK;
+    const int64_t n = x->b->chunks, m = lsa_min_i64(M, stride);
+    lsa_ctx *ctx = NULL;
+    lsa_trainer *t = NULL;
+    lsa_batch b = {0};
+    float *z = NULL, *mass = NULL, *scratch = NULL;
+    int32_t *sel = NULL;
+    double worst_mass = 0, worst_hit = 0;
+    LSA_TRY(batch_inputs(&b, x, m, n, err));
+    LSA_TRY(lsa_ctx_create(&ctx, "cpu", err));
+    LSA_TRY(lsa_trainer_create(&t, ctx, &x->b->r, &x->g, x->params, NULL, NULL, 0, err));
+    LSA_TRY(LSA_NEW(z, x->g.n_layer * m * n, err));
+    LSA_TRY(LSA_NEW(mass, n, err));
+    LSA_TRY(LSA_NEW(scratch, n, err));
+    LSA_TRY(LSA_NEW(sel, n, err));
+    LSA_TRY(lsa_trainer_score(t, &b, z, err));
+    for (int64_t i = 0; i < m; i++) {
+        const int32_t k = x->row[i].slot, w = x->row[i].window;
+        const uint8_t *const p = x->block[k];
+        const int64_t *const begin = (const int64_t *)(const void *)(p + x->doc[k].need_begin);
+        const int32_t *const chunk = (const int32_t *)(const void *)(p + x->doc[k].chunk);
+        const float *const need = (const float *)(const void *)(p + x->doc[k].mass);
+        const lsa_gpu_eval_row *const got = row + (x->g.n_layer + 2) * stride + i;
+        float *const sum = z + i * n;
+        memset(mass, 0, (size_t)n * sizeof *mass);
+        for (int64_t e = begin[w]; e < begin[w + 1]; e++) mass[chunk[e]] = need[e];
+        for (int32_t l = 1; l < x->g.n_layer; l++)
+            for (int64_t c = 0; c < n; c++) sum[c] += z[(l * m + i) * n + c];
+        int64_t hit = 0;
+        const int64_t best = lsa_topk(sum, n, topk, NULL, 0, scratch, sel);
+        for (int64_t j = 0; j < best; j++) hit += mass[sel[j]] > 0;
+        worst_hit = fmax(worst_hit, fabs((double)(hit - got->hit_k)) / (double)(begin[w + 1] - begin[w]));
+        for (int q = 0; q < n_budget; q++) {
+            const int64_t kept = lsa_topk(sum, n, lsa_budget_chunks(budget[q], n), NULL, 0, scratch, sel);
+            double captured = 0;
+            for (int64_t j = 0; j < kept; j++) captured += (double)mass[sel[j]];
+            const double e = fabs(captured - (double)got->captured[q]) / (double)got->total_mass;
+            if (!(e <= worst_mass)) worst_mass = e;
+        }
+    }
+    printf(
+        "{\"bench\": \"verify\", \"against\": \"cpu\", \"windows\": %lld, \"chunks\": %lld, \"captured_error\": %.3g, "
+        "\"recall_error\": %.3g}\n",
+        (long long)m, (long long)n, worst_mass, worst_hit);
+    if (!(worst_mass <= 0.01 && worst_hit <= 0.01))
+        LSA_FAIL(LSA_E_NUMERIC, "evaluation on the GPU differs from cpu: captured mass %.3g, recall %.3g",
+                 worst_mass, worst_hit);
+done:
+    lsa_free(z);
+    lsa_free(mass);
+    lsa_free(scratch);
+    lsa_free(sel);
+    lsa_batch_fini(&b);
+    lsa_trainer_destroy(t);
+    lsa_ctx_destroy(ctx);
+    return st;
+}
+
 lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err) {
     lsa_status st = LSA_OK;
     setup x;
@@ -437,10 +541,16 @@ lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err) 
     double t[REPEATS], copy, flop;
     const int64_t m = b->r.batch;
     LSA_TRY(open_setup(&x, b, device, err));
-    LSA_TRY(open_train(&x, 8, err));
+    LSA_TRY(open_train(&x, 8, false, err));
     LSA_TRY(lsa_gpu_create_eval(&eval, x.step, m, b->chunks, DOCS, err));
     LSA_TRY(put_docs(&x, eval, err));
     LSA_TRY(LSA_NEW(row, (b->layers + 3) * m, err));
+    if (b->steps == 0) {
+        draw_rows(&x, m, 0, true);
+        LSA_TRY(lsa_gpu_eval(eval, m, x.row, 0.5f, 512, 4, budget, row, err));
+        LSA_TRY(judge_eval(&x, row, m, 512, 4, budget, err));
+        goto done;
+    }
     for (int i = -1; i < REPEATS; i++) {
         const double t0 = lsa_now_s();
         for (int64_t k = 0; k < b->steps; k++) {
@@ -461,6 +571,7 @@ lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err) 
         (long long)b->chunks, 1e3 * s, M / s, flops / s / 1e12, flops / s / flop,
         (unsigned long long)lsa_xxh64(row, (size_t)((b->layers + 3) * m) * sizeof *row));
     fflush(stdout);
+    if (b->verify) LSA_TRY(judge_eval(&x, row, m, 512, 4, budget, err));
 done:
     lsa_free(row);
     lsa_gpu_destroy(eval);

@@ -18,9 +18,11 @@ typedef struct lsa_bench {
 LSA_NODISCARD lsa_status lsa_bench_default(lsa_bench *b, lsa_err *err);
 
 /* One JSON line on stdout a case. Training with b->r.batch windows a step; verify compares loss and gradient
- * of two windows with `ref` and fails with LSA_E_NUMERIC beyond the tolerance. */
+ * of two windows with `ref` and those of a whole batch of the timed graph with `cpu`, and fails with
+ * LSA_E_NUMERIC beyond the tolerance. */
 LSA_NODISCARD lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err);
-/* Evaluation of b->r.batch windows against all chunks of a document. */
+/* Evaluation of b->r.batch windows against all chunks of a document; verify compares the metrics of eight of
+ * them with the `cpu` column. */
 LSA_NODISCARD lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err);
 
 /* Steps on the documents of a shard folder: all of them resident, and with a pool of a quarter of them; says

@@ -139,7 +139,6 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
     for (int i = 0; i < 3; i++) {
         b.r.batch = batch[i];
         LSA_TRY(lsa_bench_train(&b, device, err));
-        b.verify = false;
     }
     b.r.batch = 256;
     LSA_TRY(lsa_bench_eval(&b, device, err));

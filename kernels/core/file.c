@@ -116,6 +116,20 @@ done:
     return st;
 }
 
+lsa_status lsa_replace_dir(const char *from, const char *to, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (!lsa_exists(to)) return lsa_rename_durable(from, to, err);
+    if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) == 0) {
+        LSA_TRY(fsync_parent(to, err));
+        LSA_TRY(lsa_remove_tree(from, err));
+    } else { /* a file system without exchange */
+        LSA_TRY(lsa_remove_tree(to, err));
+        LSA_TRY(lsa_rename_durable(from, to, err));
+    }
+done:
+    return st;
+}
+
 lsa_status lsa_commit_begin(lsa_commit *c, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
     c->fd = -1;

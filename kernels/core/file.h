@@ -43,6 +43,9 @@ void lsa_commit_abort(lsa_commit *c); /* removes the temporary; safe after end *
 LSA_NODISCARD lsa_status lsa_fsync_path(const char *path, lsa_err *err);
 /* Renames (replacing) and fsyncs the directory of `to`. */
 LSA_NODISCARD lsa_status lsa_rename_durable(const char *from, const char *to, lsa_err *err);
+/* Puts the finished directory `from` at `to`, in the place of a directory that stands there (exchanged, then
+ * removed, where the file system can). */
+LSA_NODISCARD lsa_status lsa_replace_dir(const char *from, const char *to, lsa_err *err);
 /* mkdir -p. */
 LSA_NODISCARD lsa_status lsa_mkdirs(const char *path, lsa_err *err);
 /* Removes a file or a whole directory tree; a missing path is success. */

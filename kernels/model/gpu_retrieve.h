@@ -34,6 +34,8 @@ LSA_NODISCARD lsa_status lsa_gpu_retriever_clone(lsa_gpu_retriever **out, const 
 void lsa_gpu_retriever_destroy(
     lsa_gpu_retriever *x); /* NULL allowed; weights go with the last of the clones */
 
+int64_t lsa_gpu_retriever_bytes(const lsa_gpu_retriever *x); /* device memory, shared weights included */
+
 /* Query of joint layer `layer` (0 .. n_layer-1) for m requests: hidden bf16 [m, d], position i64 [m]. It
  * stays in the retriever, one for each layer. stream: a cudaStream_t, NULL for the default stream. */
 LSA_NODISCARD lsa_status lsa_gpu_retriever_query(lsa_gpu_retriever *x, int32_t layer, int32_t m,

@@ -49,6 +49,7 @@ typedef struct lsa_gpu_opts {
     bool decay_norm;
     bool bf16_moments;
     bool fp8_query; /* queries rounded to e4m3 with one scale a head, as servers do */
+    bool poison;    /* for tests: memory starts as NaN, with guard zones that lsa_gpu_guards looks at */
     bool portable;  /* never the sm_90 kernels: for tests of the portable ones */
 } lsa_gpu_opts;
 
@@ -149,12 +150,19 @@ LSA_NODISCARD lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_
  * put anew has none until it is mined. */
 LSA_NODISCARD lsa_status lsa_gpu_mine(lsa_gpu_step *s, lsa_gpu_step *eval, int32_t slot, lsa_err *err);
 
+/* With opts.poison: LSA_E_NUMERIC if anything was written outside the step's arrays. */
+LSA_NODISCARD lsa_status lsa_gpu_guards(lsa_gpu_step *s, lsa_err *err);
+
 /* Median milliseconds of the parts of a step, launched one by one; for lsa-train bench. */
 enum { LSA_GPU_STAGES = 10 };
 typedef struct lsa_gpu_times {
     const char *name[LSA_GPU_STAGES];
     double ms[LSA_GPU_STAGES];
     int32_t n;
+    /* RMSNorm of all layers by cuDNN, forward and backward: ms (-1: not to be had, cudnn_refused says why),
+     * and the largest difference from ours relative to the largest value */
+    double cudnn_ms[2], cudnn_difference[2];
+    char cudnn_refused[256];
 } lsa_gpu_times;
 LSA_NODISCARD lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_times *out, lsa_err *err);
 /* Ceilings of this card, measured now: bytes/s of a large device copy (read + written), FLOP/s of a large

@@ -112,9 +112,8 @@ static float head_scale(const lsa_indexer_geom *g) {
     return (float)(1.0 / sqrt((double)g->head_dim * (double)g->n_head));
 }
 
-lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, int32_t layer,
-                             int64_t m, const float *x, const int64_t *position, const float *freq,
-                             const lsa_indexer_act *act, lsa_err *err) {
+lsa_status lsa_indexer_query_raw(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, int32_t layer,
+                                 int64_t m, const float *x, const lsa_indexer_act *act, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t d = g->hidden, r = g->rank, q = (int64_t)g->n_head * g->head_dim;
     const float *wa = params + lsa_indexer_tensor_at(g, layer, LSA_WQ_A).offset,
@@ -131,9 +130,6 @@ lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const floa
                  &(lsa_gemm_args){
                      .trans_b = true, .m = m, .n = q, .k = r, .alpha = 1, .a = act->u, .b = wb, .c = act->q},
                  err));
-    LSA_TRY(lsa_rope_hadamard(
-        ctx, &(lsa_rope_hadamard_args){m, g->n_head, g->head_dim, g->rope.dim, false, position, freq, act->q},
-        err));
     LSA_TRY(lsa_gemm(ctx,
                      &(lsa_gemm_args){.trans_b = true,
                                       .m = m,
@@ -144,6 +140,18 @@ lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const floa
                                       .b = ww,
                                       .c = act->w},
                      err));
+done:
+    return st;
+}
+
+lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params, int32_t layer,
+                             int64_t m, const float *x, const int64_t *position, const float *freq,
+                             const lsa_indexer_act *act, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(lsa_indexer_query_raw(ctx, g, params, layer, m, x, act, err));
+    LSA_TRY(lsa_rope_hadamard(
+        ctx, &(lsa_rope_hadamard_args){m, g->n_head, g->head_dim, g->rope.dim, false, position, freq, act->q},
+        err));
 done:
     return st;
 }

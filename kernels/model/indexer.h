@@ -74,6 +74,11 @@ LSA_NODISCARD lsa_status lsa_indexer_query(lsa_ctx *ctx, const lsa_indexer_geom 
                                            int32_t layer, int64_t m, const float *x, const int64_t *position,
                                            const float *freq, const lsa_indexer_act *act, lsa_err *err);
 
+/* The same up to q = Wb u, before RoPE: for the other numeric paths (query_path.h). */
+LSA_NODISCARD lsa_status lsa_indexer_query_raw(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params,
+                                               int32_t layer, int64_t m, const float *x,
+                                               const lsa_indexer_act *act, lsa_err *err);
+
 /* Backward of the query path: dq [m,H,128] (overwritten) and dw [m,H] give gradients into grad (flat,
  * accumulated if accumulate). du is scratch [m,r]. */
 LSA_NODISCARD lsa_status lsa_indexer_query_bwd(lsa_ctx *ctx, const lsa_indexer_geom *g, const float *params,

@@ -23,18 +23,26 @@ $bin/lsa-dump synth --out "$base/shards" --docs 2 --tokens 256 --layers 2 --hidd
 $bin/lsa-train run --recipe recipes/smoke.yaml --data "$base/shards" --out "$base/run" --device cpu --set train.steps=1 --set train.batch=2 \
     --set model.heads=1 --set model.rank=2 --set sample.val_documents=0 --set window.tail=64 >/dev/null 2>&1
 cp -r "$base"/run/ckpt/step_* "$base/ckpt"
+$bin/lsa-export write "$base/run" --out "$base/indexer" --pt-freqs 1 >/dev/null 2>&1
 corpus() { # target: prints its seed folder
     local d=build/fuzz/corpus/$1
     mkdir -p "$d"
     case $1 in
     fuzz_recipe) cp recipes/*.yaml "$d" ;;
     fuzz_safetensors) cp "$base/ckpt/model.safetensors" "$d" ;;
+    fuzz_torch)
+        cp "$base/indexer/indexer.pt" "$d"
+        python3 -c 'import sys, zipfile; open(sys.argv[2], "wb").write(zipfile.ZipFile(sys.argv[1]).read("indexer/data.pkl"))' \
+            "$base/indexer/indexer.pt" "$d/pickle" ;;
     fuzz_manifest) cp "$base/shards/manifest.json" "$d" ;;
     fuzz_ckpt)
         { printf '\x02'; cat "$base/ckpt/state.json"; } >"$d/state"
         { printf '\x03'; cat "$base/ckpt/MANIFEST.json"; } >"$d/manifest"
         { printf '\x00'; head -c 4096 "$base/ckpt/model.safetensors"; } >"$d/model"
         printf '\x81\x00\x00\x00\x00\x08abcdefgh' >"$d/patch" ;;
+    fuzz_indexer)
+        { printf '\x00'; cat "$base/indexer/indexer.safetensors"; } >"$d/file"
+        printf '\x01\x10\x00\x00\x00\x03abcd' >"$d/patch" ;;
     *) printf '\x00\x10\x00\x00\x03abcd' >"$d/patch" ;;
     esac
     echo "$d"

@@ -17,11 +17,12 @@ ALLOWED = {
     "kernels/cpu": CORE | OPS | {"kernels/cpu", "kernels/ref"},
     "kernels/cuda": CORE | OPS | MODEL | {"kernels/cuda"},
     "kernels/cuda/step": CORE | MODEL | {"kernels/cuda", "kernels/cuda/step"},
+    "kernels/cuda/serve": CORE | MODEL | {"kernels/cuda", "kernels/cuda/serve"},
     "kernels/model": CORE | OPS | MODEL,
     "data": CORE | MODEL | DATA,
     "trainer": CORE | OPS | MODEL | DATA | {"trainer", "kernels/cpu"},
     "export": CORE | OPS | MODEL | DATA | {"export", "kernels/cpu"},
-    "export/abi": CORE | OPS | MODEL | DATA | {"export/abi"},
+    "export/abi": CORE | OPS | MODEL | DATA | {"export/abi", "kernels/cpu"},
     "infer": CORE | OPS | MODEL | DATA | {"infer", "kernels/cpu"},
 }
 VENDOR = [(r"^(cuda|cublas|cudnn)", r"^kernels/cuda/"), (r"^hdf5", r"^data/h5\.[ch]$"), (r"^nccl", r"^kernels/comm/"),

@@ -13,7 +13,7 @@
 
 #include "data/ckpt.h"
 #include "data/docs.h"
-#include "export/write.h"
+#include "export/import.h"
 #include "infer/lsa_infer.h"
 #include "kernels/core/mem.h"
 #include "tests/testkit/compare.h"
@@ -96,7 +96,9 @@ static void test_import(void **state) {
     lsa_docs *docs = NULL;
     lsa_ckpt ck;
     lsa_err err = {0};
-    if (lsa_export_import("recipes/mini/teacher", g_dir, "all", &err) != LSA_OK ||
+    char note[512];
+    if (lsa_export_import("recipes/mini/teacher", g_dir, &(lsa_import_options){.layers = "all"}, note,
+                          sizeof note, &err) != LSA_OK ||
         lsa_ckpt_load(&ck, g_dir, false, &err) != LSA_OK ||
         lsa_engine_open(&e, "recipes/mini/teacher", &(lsa_engine_opts){0}, &err) != LSA_OK ||
         lsa_docs_open(&docs, "recipes/mini/train.u16", "recipes/mini/train.jsonl", "0:1", 0, &err) !=

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "data/ckpt.h"
+#include "data/geom_json.h"
 #include "data/lsa_safetensors.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/mem.h"

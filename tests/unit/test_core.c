@@ -189,7 +189,8 @@ static void test_json(void **s) {
     assert_int_equal(lsa_unhex64(&h, "0123", NULL), LSA_E_FORMAT);
     assert_true(lsa_xxh64("", 0) ==
                 UINT64_C(0xef46db3751d8e999)); /* the published value of the empty input */
-    assert_true(lsa_crc32(lsa_crc32(0, "12345", 5), "6789", 4) == 0xcbf43926u); /* the published check value */
+    assert_true(lsa_crc32(lsa_crc32(0, "12345", 5), "6789", 4) ==
+                0xcbf43926u); /* the published check value */
 }
 
 int main(void) {

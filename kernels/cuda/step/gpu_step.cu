@@ -4,14 +4,42 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cuda/step/step_state.h"
+#include "kernels/cuda/step/timing.cuh"
 
+/* Zeroed memory; with poison bytes 0xFF (NaN, -1) between guard zones. */
+static lsa_status array(lsa_gpu_step *s, void **out, int64_t n, size_t size, const char *name, lsa_err *err) {
+    if (!s->o.poison) return lsa_ctx_alloc_(s->ctx, out, n, size, name, err);
+    step_guarded *const g = &s->guarded[s->n_guarded];
+    if (s->n_guarded == STEP_ARRAYS) LSA_RET_FAIL(LSA_E_ARG, "more than %d arrays", STEP_ARRAYS);
+    g->bytes = (size_t)n * size;
+    g->name = name;
+    LSA_CUDA(cudaMalloc((void **)&g->base, g->bytes + 2 * STEP_GUARD));
+    s->n_guarded++;
+    LSA_CUDA(cudaMemsetAsync(g->base, 0xFF, g->bytes + 2 * STEP_GUARD, s->cs->stream));
+    *out = g->base + STEP_GUARD;
+    return LSA_OK;
+}
 #define STEP_NEW(p, n)                                                                                       \
     do {                                                                                                     \
         void *x_ = NULL;                                                                                     \
-        if ((st = lsa_ctx_alloc_(s->ctx, &x_, (int64_t)(n), sizeof *(p), #p, err)) != LSA_OK) return st;     \
+        if ((st = array(s, &x_, (int64_t)(n), sizeof *(p), #p, err)) != LSA_OK) return st;                   \
         *(void **)&(p) = x_;                                                                                 \
     } while (0)
+
+extern "C" lsa_status lsa_gpu_guards(lsa_gpu_step *s, lsa_err *err) {
+    uint8_t zone[STEP_GUARD];
+    LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
+    for (int i = 0; i < 2 * s->n_guarded; i++) {
+        const step_guarded *const g = &s->guarded[i / 2];
+        LSA_CUDA(cudaMemcpy(zone, g->base + (i % 2 ? STEP_GUARD + g->bytes : 0), STEP_GUARD,
+                            cudaMemcpyDeviceToHost));
+        for (int k = 0; k < STEP_GUARD; k++)
+            if (zone[k] != 0xFF)
+                LSA_RET_FAIL(LSA_E_NUMERIC, "a kernel wrote %s array %s (%zu bytes)",
+                             i % 2 ? "behind" : "before", g->name, g->bytes);
+    }
+    return LSA_OK;
+}
 
 static lsa_status check(const lsa_indexer_geom *g, const lsa_gpu_opts *o, lsa_err *err) {
     if (g->hidden % 8 || g->rank % 8 || g->n_head % 8)
@@ -67,6 +95,10 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     } else {
         STEP_NEW(s->m, P);
         STEP_NEW(s->v, P);
+    }
+    if (o->poison) { /* moments start at 0 */
+        LSA_CUDA(cudaMemsetAsync(s->m ? (void *)s->m : s->m16, 0, (size_t)P * (s->m ? 4 : 2), s->cs->stream));
+        LSA_CUDA(cudaMemsetAsync(s->v ? (void *)s->v : s->v16, 0, (size_t)P * (s->v ? 4 : 2), s->cs->stream));
     }
     STEP_NEW(s->n_pos, B);
     if (o->sampled) STEP_NEW(s->cand, B * o->columns);
@@ -228,7 +260,8 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
                        s->da,         s->dw,    s->a,        s->rstd,    s->w,        s->z,      s->du,
                        s->dg_part,    s->zcopy, s->row_loss, s->partial, s->control,  s->bound,  s->eval,
                        s->row_weight, s->word};
-    for (size_t i = 0; i < sizeof p / sizeof *p; i++) cudaFree(p[i]);
+    for (size_t i = 0; i < sizeof p / sizeof *p && !s->n_guarded; i++) cudaFree(p[i]);
+    for (int i = 0; i < s->n_guarded; i++) cudaFree(s->guarded[i].base);
     cudaFreeHost(s->desc_host);
     cudaFreeHost(s->result_host);
     for (int i = 0; i < LSA_GPU_FLIGHT; i++)
@@ -466,41 +499,13 @@ extern "C" lsa_status lsa_gpu_peek(lsa_gpu_step *s, int32_t *n_cand, int32_t *n_
 
 /* ---- measuring ---- */
 
-static int ascending(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
-/* Median milliseconds of repeated runs of one part. */
-template <typename RUN>
-static lsa_status time_part(lsa_gpu_step *s, int repeats, double *ms, lsa_err *err, RUN run) {
-    lsa_status st = LSA_OK;
-    cudaEvent_t a, b;
-    float t[64];
-    const int n = repeats < 1 ? 1 : repeats > 64 ? 64 : repeats;
-    LSA_CUDA(cudaEventCreate(&a));
-    LSA_CUDA(cudaEventCreate(&b));
-    for (int i = -2; i < n && st == LSA_OK; i++) {
-        LSA_CUDA(cudaEventRecord(a, s->cs->stream));
-        st = run();
-        LSA_CUDA(cudaEventRecord(b, s->cs->stream));
-        LSA_CUDA(cudaEventSynchronize(b));
-        if (i >= 0) LSA_CUDA(cudaEventElapsedTime(&t[i], a, b));
-    }
-    cudaEventDestroy(a);
-    cudaEventDestroy(b);
-    qsort(t, (size_t)n, sizeof *t, ascending);
-    *ms = t[n / 2];
-    return st;
-}
-
 extern "C" lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_times *out, lsa_err *err) {
     lsa_status st = LSA_OK;
     int k = 0;
     *out = (lsa_gpu_times){};
 #define STAGE(text, call)                                                                                    \
     out->name[k] = text;                                                                                     \
-    LSA_TRY(time_part(s, repeats, &out->ms[k++], err, [&]() -> lsa_status { return call; }))
+    LSA_TRY(step_time_part(s, repeats, &out->ms[k++], err, [&]() -> lsa_status { return call; }))
     STAGE("samples", step_prepare(s, err));
     STAGE("hidden vectors", step_gather(s, 0, s->o.micro, err));
     STAGE("projections", step_query(s, 0, s->o.micro, err));
@@ -511,6 +516,13 @@ extern "C" lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_
     STAGE("gradient norm", step_norm_and_control(s, err));
     STAGE("AdamW", step_update(s, err));
 #undef STAGE
+    for (int backward = 0; backward < 2; backward++) {
+        lsa_err why = {};
+        out->cudnn_ms[backward] = -1;
+        if (step_cudnn_norm(s, backward, repeats, &out->cudnn_ms[backward], &out->cudnn_difference[backward],
+                            &why) != LSA_OK)
+            snprintf(out->cudnn_refused, sizeof out->cudnn_refused, "%.255s", why.msg);
+    }
     out->n = k;
     step_control c; /* the repeats have counted as steps: the host's count follows */
     LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
@@ -528,14 +540,15 @@ extern "C" lsa_status lsa_gpu_ceilings(lsa_gpu_step *s, double *copy_rate, doubl
     step_gemm big = {};
     LSA_CUDA(cudaMalloc((void **)&a, (size_t)bytes));
     LSA_CUDA(cudaMalloc((void **)&b, (size_t)bytes));
-    LSA_TRY(time_part(s, 20, &ms, err, [&]() -> lsa_status {
+    LSA_TRY(step_time_part(s, 20, &ms, err, [&]() -> lsa_status {
         LSA_CUDA(cudaMemcpyAsync(b, a, (size_t)bytes, cudaMemcpyDeviceToDevice, s->cs->stream));
         return LSA_OK;
     }));
     *copy_rate = 2.0 * (double)bytes / (ms * 1e-3);
     LSA_TRY(step_square_plan(s, &big, n, err));
     step_random_bf16(s, (bf16 *)a, n * n);
-    LSA_TRY(time_part(s, 20, &ms, err, [&]() -> lsa_status { return step_gemm_on(s, &big, a, a, b, err); }));
+    LSA_TRY(
+        step_time_part(s, 20, &ms, err, [&]() -> lsa_status { return step_gemm_on(s, &big, a, a, b, err); }));
     *flop_rate = 2.0 * (double)n * (double)n * (double)n / (ms * 1e-3);
 done:
     step_gemm_drop(&big);

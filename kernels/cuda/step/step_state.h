@@ -58,6 +58,13 @@ struct step_gemm {
     float alpha, beta;
 };
 
+enum { STEP_GUARD = 4096, STEP_ARRAYS = 64 };
+struct step_guarded { /* an array between two guard zones, all bytes 0xFF at first */
+    uint8_t *base;
+    size_t bytes; /* of the array */
+    const char *name;
+};
+
 struct lsa_gpu_step {
     lsa_ctx *ctx;
     cuda_state *cs;
@@ -90,6 +97,8 @@ struct lsa_gpu_step {
     float *zcopy;                           /* as z; pairwise losses only */
     double *row_loss, *partial;             /* [B/m, L, m] [STEP_PARTIALS] */
     step_gemm gemm[STEP_GEMMS], gemm_add[STEP_GEMMS];
+    step_guarded guarded[STEP_ARRAYS]; /* with poison */
+    int n_guarded;
     /* control */
     step_control *control;
     uint8_t *desc_host, *desc; /* ring of LSA_GPU_FLIGHT descriptors: pinned, mapped */
@@ -143,6 +152,9 @@ void step_gemm_drop(step_gemm *g);
 void step_random_bf16(lsa_gpu_step *s, bf16 *x, int64_t n);
 lsa_status step_norm_fwd(lsa_gpu_step *s, lsa_err *err);
 lsa_status step_norm_bwd(lsa_gpu_step *s, bool add, lsa_err *err);
+/* The same norms of all layers by cuDNN: median milliseconds, and the largest difference from ours. */
+lsa_status step_cudnn_norm(lsa_gpu_step *s, bool backward, int repeats, double *ms, double *diff,
+                           lsa_err *err);
 lsa_status step_score_z(lsa_gpu_step *s, int64_t first, int64_t m, lsa_err *err);
 lsa_status step_score_grad(lsa_gpu_step *s, int64_t first, bool pointwise, lsa_err *err);
 lsa_status step_loss(lsa_gpu_step *s, int64_t first, lsa_err *err);

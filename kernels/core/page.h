@@ -1,6 +1,6 @@
-/* A growing text, for the report's HTML and SVG. Not installed. */
-#ifndef LSA_INFER_PAGE_H
-#define LSA_INFER_PAGE_H
+/* A growing text, for HTML, SVG and Markdown. */
+#ifndef LSA_KERNELS_CORE_PAGE_H
+#define LSA_KERNELS_CORE_PAGE_H
 
 #include <stdbool.h>
 

@@ -1,5 +1,5 @@
 /* Growing text: see page.h. A failure is sticky and seen at the end, so that drawing code stays readable. */
-#include "infer/page.h"
+#include "kernels/core/page.h"
 
 #include <stdarg.h>
 #include <stdio.h>
