@@ -131,7 +131,7 @@ static int by_step(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-lsa_status lsa_ckpt_clean(const char *run, int64_t keep, lsa_err *err) {
+lsa_status lsa_ckpt_clean(const char *run, int64_t keep, int64_t milestone_every, lsa_err *err) {
     lsa_status st = LSA_OK;
     LSA_VEC(int64_t) steps = {0};
     char base[LSA_PATH_MAX], path[LSA_PATH_MAX], tmp[LSA_PATH_MAX];
@@ -160,6 +160,7 @@ lsa_status lsa_ckpt_clean(const char *run, int64_t keep, lsa_err *err) {
     qsort(steps.data, (size_t)steps.len, sizeof *steps.data, by_step);
     for (int64_t i = 0; i < steps.len - keep; i++) {
         if (steps.data[i] == latest || steps.data[i] == best) continue;
+        if (milestone_every > 0 && steps.data[i] % milestone_every == 0) continue;
         /* DURABLE: renamed first, so that a crash leaves garbage, never a step directory with files missing.
          */
         LSA_TRY(lsa_path(path, err, "%s/step_%08lld", base, (long long)steps.data[i]));
@@ -170,6 +171,26 @@ lsa_status lsa_ckpt_clean(const char *run, int64_t keep, lsa_err *err) {
 done:
     if (d) closedir(d);
     lsa_free(steps.data);
+    return st;
+}
+
+lsa_status lsa_ckpt_older(char dir[LSA_PATH_MAX], const char *run, const char *than, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char base[LSA_PATH_MAX];
+    const char *slash = strrchr(than, '/');
+    int64_t bound, step, newest = -1;
+    DIR *d = NULL;
+    dir[0] = 0;
+    if (!is_step_name(slash ? slash + 1 : than, &bound))
+        LSA_FAIL(LSA_E_ARG, "'%s' is not a step directory", than);
+    LSA_TRY(lsa_path(base, err, "%s/ckpt", run));
+    d = opendir(base);
+    if (!d) LSA_FAIL(LSA_E_IO, "cannot open '%s': %s", base, strerror(errno));
+    for (struct dirent *e; (e = readdir(d));)
+        if (is_step_name(e->d_name, &step) && step < bound && step > newest) newest = step;
+    if (newest >= 0) LSA_TRY(lsa_path(dir, err, "%s/step_%08lld", base, (long long)newest));
+done:
+    if (d) closedir(d);
     return st;
 }
 
@@ -254,7 +275,7 @@ done:
 
 lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *g, const float *params,
                          const float *m, const float *v, const json_t *state, bool set_best, int64_t keep,
-                         lsa_err *err) {
+                         int64_t milestone_every, lsa_err *err) {
     lsa_status st = LSA_OK;
     char base[LSA_PATH_MAX], dir[LSA_PATH_MAX], tmp[LSA_PATH_MAX], path[LSA_PATH_MAX];
     json_t *geom = NULL, *back = NULL, *files = json_object(), *manifest = NULL;
@@ -271,7 +292,7 @@ lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *
     LSA_TRY(lsa_path(dir, err, "%s/step_%08lld", base, (long long)step));
     LSA_TRY(lsa_path(tmp, err, "%s.tmp", dir));
     LSA_TRY(lsa_mkdirs(base, err));
-    LSA_TRY(lsa_ckpt_clean(run, 0, err));
+    LSA_TRY(lsa_ckpt_clean(run, 0, 0, err));
     LSA_TRY(lsa_mkdirs(tmp, err));
 
     LSA_TRY(lsa_geom_to_json(&geom, g, err));
@@ -302,7 +323,7 @@ lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *
     if (set_best)
         LSA_TRY(write_pointer(base, "best", step, err)); /* before latest: see the head of this file */
     LSA_TRY(write_pointer(base, "latest", step, err));
-    LSA_TRY(lsa_ckpt_clean(run, keep, err));
+    LSA_TRY(lsa_ckpt_clean(run, keep, milestone_every, err));
 done:
     json_decref(geom);
     json_decref(back);

@@ -15,19 +15,24 @@
 
 /* Saves RUN/ckpt/step_{step} and points RUN/ckpt/latest at it; set_best also RUN/ckpt/best. params, m, v are
  * host arrays in the flat order of the parameter table; m and v may be NULL (import). state: borrowed; keys
- * step, epoch, index, ... Refuses non-finite parameters (LSA_E_NUMERIC). keep > 0 removes the oldest steps
- * beyond `keep` that neither file names. */
+ * step, epoch, asked, ... Refuses non-finite parameters (LSA_E_NUMERIC). keep > 0 removes the oldest steps
+ * beyond `keep` that neither file names, except multiples of milestone_every (0: none). */
 LSA_NODISCARD lsa_status lsa_ckpt_save(const char *run, int64_t step, const lsa_indexer_geom *g,
                                        const float *params, const float *m, const float *v,
-                                       const json_t *state, bool set_best, int64_t keep, lsa_err *err);
+                                       const json_t *state, bool set_best, int64_t keep,
+                                       int64_t milestone_every, lsa_err *err);
 
 /* Removes what an interrupted save left ("*.tmp") and, if keep > 0, the oldest steps as lsa_ckpt_save does.
  * Call it under the run lock. A run without checkpoints is fine. */
-LSA_NODISCARD lsa_status lsa_ckpt_clean(const char *run, int64_t keep, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_ckpt_clean(const char *run, int64_t keep, int64_t milestone_every, lsa_err *err);
 
 /* dir = the step directory that `arg` means: a step directory, a latest/best file, or RUN (best, else
  * latest). */
 LSA_NODISCARD lsa_status lsa_ckpt_resolve(char dir[LSA_PATH_MAX], const char *arg, lsa_err *err);
+
+/* dir = the newest step directory of the run older than step directory `than`; "" if there is none. */
+LSA_NODISCARD lsa_status lsa_ckpt_older(char dir[LSA_PATH_MAX], const char *run, const char *than,
+                                        lsa_err *err);
 
 typedef struct lsa_ckpt {
     char dir[LSA_PATH_MAX];

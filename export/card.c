@@ -1,106 +1,180 @@
 /* Model cards: see card.h. Says what the file was fitted for and what it was not. */
 #include "export/card.h"
 
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "export/calibration_plot.h"
+#include "export/card_calibration.h"
 #include "kernels/core/mem.h"
+#include "kernels/core/page.h"
 #include "kernels/core/version.h"
 
-typedef struct text {
-    char *s;
-    size_t n, cap;
-} text;
-
-static void say(text *t, const char *fmt, ...) LSA_PRINTF(2, 3);
-static void say(text *t, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    const int n = vsnprintf(t->s + t->n, t->cap - t->n, fmt, ap);
-    va_end(ap);
-    t->n += n > 0 ? (size_t)n : 0;
-    if (t->n >= t->cap) t->n = t->cap - 1;
-}
+#define say lsa_page_say
 
 static const char *str(const json_t *o, const char *key, const char *dflt) {
     const char *s = json_string_value(json_object_get(o, key));
     return s ? s : dflt;
 }
 
-lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
+/* ---- sections ---- */
+
+/* Text from outside in a table cell: no bar or line break may end the cell. */
+static void cell(page *p, const char *text) {
+    for (; *text; text++) {
+        if (*text == '|') say(p, "\\");
+        if ((unsigned char)*text >= ' ') say(p, "%c", *text);
+    }
+}
+
+static void facts(page *p, const lsa_indexer_file *f) {
     const lsa_indexer_geom *g = &f->geom;
-    text t = {.cap = 1 << 16};
-    *out = NULL;
-    lsa_status st = lsa_alloc_((void **)&t.s, (int64_t)t.cap, 1, "model card", err);
-    if (st != LSA_OK) return st;
-    const json_t *eval = json_object_get(f->train, "eval"), *recipe = json_object_get(f->train, "recipe");
-    say(&t, "# Memory indexer for %s\n\n", str(f->train, "teacher", "a DeepSeek-V4 model"));
-    say(&t,
-        "Predicts which 4-token chunks of the context the next %lld tokens will need (Lookahead Sparse Attention, FlashMemory-DeepSeek-V4), so that a server keeps "
-        "only those on the GPU. Written by lsa %s.\n\n",
-        (long long)f->tau, lsa_version());
-    say(&t,
-        "| | |\n|---|---|\n| parameters | %lld, %s |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
+    say(p, "| | |\n|---|---|\n| licence | ");
+    cell(p, str(f->train, "licence", "not stated"));
+    say(p,
+        " |\n| parameters | %lld, %s |\n| heads x head size | %d x %d |\n| rank | %d |\n| hidden size read | %d |\n",
         (long long)lsa_indexer_n_param(g),
         f->dtype == LSA_F32    ? "fp32"
         : f->dtype == LSA_BF16 ? "bf16 (q_norm_weight fp32)"
                                : "fp8 e4m3 with one fp32 scale a row, `<name>_scale` (q_norm_weight fp32)",
         g->n_head, g->head_dim, g->rank, g->hidden);
-    say(&t, "| joint layers (CSA ordinal = transformer layer) |");
+    say(p, "| joint layers (CSA ordinal = transformer layer) |");
     for (int32_t l = 0; l < g->n_layer; l++)
-        say(&t, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
-    say(&t,
-        " |\n| RoPE | last %d channels, adjacent pairs, base %g, YaRN factor %g over %lld, beta %g to %g, no magnitude scale; frequencies (in golden.safetensors) and angles are formed in fp32 |\n",
-        g->rope.dim, g->rope.base, g->rope.factor, (long long)g->rope.original_len, g->rope.beta_fast,
-        g->rope.beta_slow);
-    say(&t,
-        "| after RoPE | Hadamard (Sylvester order) / sqrt(128), on queries as on the stored keys |\n| head weights | scaled by 1/sqrt(128 x heads) |\n");
-    say(&t,
-        "| score | %s |\n| window, always-resident tail | %lld, %lld tokens |\n| threshold | %g on the sigmoid, **not calibrated**: rank, or choose a budget |\n",
+        say(p, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
+    say(p, " |\n| score | %s |\n| window, always-resident tail | %lld, %lld tokens |\n",
         f->ensemble == LSA_ENSEMBLE_SUM    ? "sum of the layers' logits"
         : f->ensemble == LSA_ENSEMBLE_MEAN ? "mean of the layers' sigmoids"
                                            : "maximum of the layers' sigmoids",
-        (long long)f->tau, (long long)f->tail, f->threshold);
-    say(&t, "| teacher | %s, hash %s |\n| training data | %lld documents, longest %lld tokens, hash %s |\n",
-        str(f->train, "teacher", "?"), str(f->train, "teacher_hash", "?"),
+        (long long)f->tau, (long long)f->tail);
+    say(p, "| threshold | %.6g on the sigmoid%s |\n| teacher | ", f->threshold,
+        f->calibration ? "; by budget and length: see Calibration"
+                       : ", **not calibrated**: rank, or choose a budget");
+    cell(p, str(f->train, "teacher", "?"));
+    say(p,
+        ", hash %s |\n| training data | %lld documents, longest %lld tokens, hash %s |\n| step | %lld |\n\n",
+        str(f->train, "teacher_hash", "?"),
         (long long)json_integer_value(json_object_get(f->train, "train_documents")),
         (long long)json_integer_value(json_object_get(f->train, "trained_length")),
-        str(f->train, "data_hash", "?"));
-    say(&t, "| step | %lld |\n\n", (long long)json_integer_value(json_object_get(f->train, "step")));
-    if (eval) {
-        const json_t *sum = json_object_get(eval, "sum"), *mean = json_object_get(eval, "mean");
-        say(&t,
-            "## Held-out evaluation (all chunks that can be evicted)\n\n| score | precision | recall | F1 | kept | recall@K | captured mass at 5 / 10 / 20 %% |\n|---|---|---|---|---|---|---|\n");
-        const json_t *rows[] = {sum, mean};
-        const char *names[] = {"sum of logits", "mean of sigmoids"};
-        for (int i = 0; i < 2; i++) {
-            const char *k[] = {"precision", "recall", "f1", "kept", "recall_at_k"};
-            say(&t, "| %s |", names[i]);
-            for (int j = 0; j < 5; j++) say(&t, " %.4f |", json_number_value(json_object_get(rows[i], k[j])));
-            say(&t, " %.4f / %.4f / %.4f |\n", json_number_value(json_object_get(rows[i], "captured_0.05")),
-                json_number_value(json_object_get(rows[i], "captured_0.10")),
-                json_number_value(json_object_get(rows[i], "captured_0.20")));
+        str(f->train, "data_hash", "?"), (long long)json_integer_value(json_object_get(f->train, "step")));
+}
+
+static void conventions(page *p, const lsa_indexer_geom *g) {
+    say(p,
+        "## Conventions\n\n- Input: the attention input of the layer after its norm, rounded to bf16, of the token before the window, and that token's position.\n"
+        "- a = Wa x; u = g a / rms(a), epsilon %g inside the root; q = Wb u, %d heads of %d.\n"
+        "- RoPE on the last %d channels, adjacent pairs, base %g, YaRN factor %g over %lld, beta %g to %g, no magnitude scale; frequencies (in golden.safetensors) and angles "
+        "are formed in fp32.\n- After RoPE: Hadamard (Sylvester order) / sqrt(128), on queries as on the stored keys.\n"
+        "- logit = sum over heads of w_h max(0, k . q_h), w = Ww x / sqrt(128 x heads).\n\n"
+        "`indexer.safetensors` holds `retrievers.l{ordinal}.wq_a.weight` [rank, hidden], `.wq_b.weight` [heads x 128, rank], `.q_norm_weight` [rank] and "
+        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage. Before serving, give the "
+        "engine's own score function to `check` of `check_indexer.py`, which lies beside it (numpy only) and names the convention that is wrong; `lsa-export verify` proves the "
+        "folder.\n\n",
+        (double)g->eps, g->n_head, g->head_dim, g->rope.dim, g->rope.base, g->rope.factor,
+        (long long)g->rope.original_len, g->rope.beta_fast, g->rope.beta_slow);
+}
+
+static void evaluation(page *p, const json_t *eval) {
+    static const char *const key[] = {"sum", "mean", "max"};
+    static const char *const name[] = {"sum of logits", "mean of sigmoids", "maximum of sigmoids"};
+    static const char *const column[] = {"precision",     "recall",       "f1",
+                                         "kept",          "recall_at_k",  "captured_0.05",
+                                         "captured_0.10", "captured_0.20"};
+    say(p,
+        "## Held-out evaluation\n\nAt the last evaluation of the training run, over all chunks that can be evicted; precision, recall, F1 and kept at the recipe's "
+        "threshold.\n\n| score | precision | recall | F1 | kept | recall@K | captured mass at 5 %% | 10 %% | 20 %% |\n|---|---|---|---|---|---|---|---|---|\n");
+    for (int i = 0; i < 3; i++) {
+        const json_t *row = json_object_get(eval, key[i]);
+        if (!row) continue;
+        say(p, "| %s |", name[i]);
+        for (size_t j = 0; j < sizeof column / sizeof *column; j++) {
+            const json_t *v = json_object_get(row, column[j]);
+            if (json_is_number(v))
+                say(p, " %.4f |", json_number_value(v));
+            else
+                say(p, " - |");
         }
-        say(&t, "\n");
+        say(p, "\n");
     }
-    say(&t,
-        "## How to load it\n\n`indexer.safetensors` holds `retrievers.l{ordinal}.wq_a.weight` [rank, hidden], `.wq_b.weight` [heads x 128, rank], `.q_norm_weight` [rank] and "
-        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage. "
-        "Before serving, run `check(folder, score, path)` of `check_indexer.py` (numpy only) on the engine's own score function: it names the convention that is wrong. "
-        "`lsa-export verify` proves the folder itself.\n\n");
-    say(&t,
-        "## Limits\n\nFitted on contexts up to the length above; positions far beyond it were never seen. The hidden vector is the attention input of its layer after "
-        "the input norm, of the token before the window.\n");
-    if (recipe) {
-        const char *key;
-        json_t *v;
-        say(&t, "\n## Recipe\n\n```\n");
-        json_object_foreach((json_t *)(uintptr_t)recipe, key, v)
-            say(&t, "%s: %s\n", key, json_string_value(v));
-        say(&t, "```\n");
+    say(p, "\n");
+}
+
+static void limits(page *p, const lsa_indexer_file *f, const lsa_calibration *c) {
+    const long long trained = (long long)json_integer_value(json_object_get(f->train, "trained_length"));
+    say(p,
+        "## Limits\n\n- Fitted on contexts of up to %lld tokens of the data named above; positions far beyond were never seen.\n",
+        trained);
+    if (c) {
+        say(p,
+            "- Thresholds were measured at %lld to %lld tokens of context and are constant outside: nothing is known about the share they keep beyond %lld tokens. "
+            "Calibrate on longer documents first, or keep a fixed share.\n",
+            (long long)c->knot[0] * LSA_CHUNK, (long long)c->knot[c->n_knot - 1] * LSA_CHUNK,
+            (long long)c->longest);
+        say(p,
+            "- A threshold holds its budget over many windows; single windows keep much less or more (p10 to p90 above), and text of another kind moves the mean. "
+            "`lsa-export calibrate --check` measures the thresholds on your documents. Where memory is limited, cap the number of chunks as well.\n"
+            "- Calibrated with fp32 queries; a server that rounds queries to fp8 flips about 3 %% of the chunks nearest to a threshold.\n");
     }
-    *out = t.s;
-    return LSA_OK;
+    say(p,
+        "- Keys and hidden vectors must come from the teacher named above; another model, or another quantisation of its index keys, needs its own indexer.\n");
+}
+
+static void recipe(page *p, const json_t *r) {
+    const char *key;
+    json_t *v;
+    say(p, "\n## Recipe\n\n```\n");
+    json_object_foreach((json_t *)(uintptr_t)r, key, v) if (json_string_value(v))
+        say(p, "%s: %s\n", key, json_string_value(v));
+    say(p, "```\n");
+}
+
+/* *out NULL: not calibrated. To be freed. */
+static lsa_status read_calibration(lsa_calibration **out, const lsa_indexer_file *f, lsa_err *err) {
+    *out = NULL;
+    if (!f->calibration) return LSA_OK;
+    lsa_status st = LSA_NEW(*out, 1, err);
+    if (st == LSA_OK)
+        st = lsa_calibration_from_json(*out, f->calibration, f->geom.ord, f->geom.n_layer,
+                                       "indexer.safetensors", err);
+    if (st == LSA_OK) return LSA_OK;
+    lsa_free(*out);
+    *out = NULL;
+    return st;
+}
+
+lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_calibration *c = NULL;
+    page p = {0};
+    *out = NULL;
+    LSA_TRY(read_calibration(&c, f, err));
+    const json_t *eval = json_object_get(f->train, "eval"), *r = json_object_get(f->train, "recipe");
+    say(&p, "# Memory indexer for %s\n\n", str(f->train, "teacher", "a DeepSeek-V4 model"));
+    say(&p,
+        "Predicts which 4-token chunks of the context the next %lld tokens will need (Lookahead Sparse Attention, FlashMemory-DeepSeek-V4), so that a server keeps "
+        "only those on the GPU. Written by lsa %s.\n\n",
+        (long long)f->tau, lsa_version());
+    facts(&p, f);
+    lsa_card_serving(&p, f, c);
+    if (c) lsa_card_calibration(&p, f, c);
+    if (eval) evaluation(&p, eval);
+    conventions(&p, &f->geom);
+    limits(&p, f, c);
+    if (r) recipe(&p, r);
+    if (p.failed || LSA_VEC_RESERVE(p.s, p.s.len + 1, NULL) != LSA_OK)
+        LSA_FAIL(LSA_E_NOMEM, "cannot format the model card");
+    p.s.data[p.s.len] = 0;
+    *out = p.s.data;
+    p.s.data = NULL;
+done:
+    lsa_free(p.s.data);
+    lsa_free(c);
+    return st;
+}
+
+lsa_status lsa_card_plot(char **out, const lsa_indexer_file *f, lsa_err *err) {
+    lsa_calibration *c;
+    *out = NULL;
+    lsa_status st = read_calibration(&c, f, err);
+    if (st == LSA_OK && c) st = lsa_calibration_svg(out, c, f->ensemble, err);
+    lsa_free(c);
+    return st;
 }

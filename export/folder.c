@@ -63,15 +63,21 @@ done:
 static lsa_status write_files(const lsa_indexer_file *f, const char *dir, const lsa_export_options *o,
                               lsa_err *err) {
     lsa_status st = LSA_OK;
-    char path[LSA_PATH_MAX], *card = NULL;
+    char path[LSA_PATH_MAX], *card = NULL, *plot = NULL;
     LSA_TRY(lsa_indexer_file_save(f, dir, err));
     LSA_TRY(lsa_variants_write(f, dir, o, err));
     LSA_TRY(lsa_golden_vectors_write(f, dir, err));
     LSA_TRY(lsa_card_text(&card, f, err));
     LSA_TRY(lsa_path(path, err, "%s/README.md", dir));
     LSA_TRY(lsa_write_file(path, card, strlen(card), err));
+    LSA_TRY(lsa_card_plot(&plot, f, err));
+    if (plot) {
+        LSA_TRY(lsa_path(path, err, "%s/calibration.svg", dir));
+        LSA_TRY(lsa_write_file(path, plot, strlen(plot), err));
+    }
 done:
     lsa_free(card);
+    lsa_free(plot);
     return st;
 }
 

@@ -433,7 +433,7 @@ import im = {.o = o, .source = source, .note = note, .note_bytes = note_bytes };
         }
         json_object_set_new(state, "exported", exported_state(&im.f));
     }
-    LSA_TRY(lsa_ckpt_save(out, 0, &im.f.geom, im.f.params, NULL, NULL, state, true, 1, err));
+    LSA_TRY(lsa_ckpt_save(out, 0, &im.f.geom, im.f.params, NULL, NULL, state, true, 1, 0, err));
 done:
     json_decref(state);
     lsa_indexer_file_fini(&im.f);

@@ -130,6 +130,10 @@ static lsa_status calibrate(const calibrate_args *a, lsa_err *err) {
     LSA_TRY(lsa_indexer_file_load(&f, a->dir, err));
     LSA_TRY(LSA_NEW(c, 1, err));
     if (a->check) LSA_TRY(load_calibration(c, &f, a->dir, err));
+    if (!a->check && a->fold == 0 && json_object_get(f.calibration, "fold"))
+        lsa_warn(
+            "'%s' was folded: its weights stay scaled, but the new calibration drops the logit offset; give --fold to keep one",
+            a->dir);
     LSA_TRY(lsa_measure_open(&m, &f, a->data, a->documents, a->device, a->force, err));
     if (a->check)
         LSA_TRY(lsa_calibration_measure(c, m, err));

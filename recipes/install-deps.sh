@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs what lsa builds and tests with on Debian/Ubuntu. Idempotent: a machine that has everything is left alone.
 #   recipes/install-deps.sh          what building and running needs
-#   recipes/install-deps.sh --tests  also what the tests need (cmocka, clang, chromium, a Python venv)
+#   recipes/install-deps.sh --tests  also what the tests need (cmocka, clang, valgrind, chromium, a Python venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 pkgs=(build-essential cmake ninja-build pkg-config libhdf5-dev libjansson-dev libcyaml-dev libyaml-dev
-      libxxhash-dev zlib1g-dev libopenblas-openmp-dev)
+      libxxhash-dev zlib1g-dev libopenblas-openmp-dev libopenmpi-dev openmpi-bin)
 if [ "${1:-}" = "--tests" ]; then
-    pkgs+=(libcmocka-dev clang clang-format-14 libclang-rt-14-dev libomp-14-dev chromium)
+    pkgs+=(libcmocka-dev clang clang-format-14 libclang-rt-14-dev libomp-14-dev valgrind chromium iproute2)
 fi
 
 missing=()

@@ -10,166 +10,6 @@
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
 
-/* ---- order ---- */
-
-struct lsa_order {
-    const lsa_recipe *r;
-    int64_t n_doc, n_window, epoch;
-    int64_t *begin;          /* [n_doc+1] windows before document i */
-    int64_t *bytes;          /* [n_doc] keys and hidden vectors */
-    int64_t *perm;           /* documents, of the current epoch */
-    int64_t *at;             /* [n_doc+1] windows before the i-th document of the permutation */
-    int64_t n_group, *group; /* [n_group+1] first place in perm of each group */
-    int64_t shuffled, *mix;  /* windows of this group of the epoch, shuffled; -1: of none */
-};
-
-lsa_status lsa_order_create(lsa_order **out, lsa_source *s, const lsa_recipe *r, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    lsa_order *o = NULL;
-    *out = NULL;
-    LSA_TRY(LSA_NEW(o, 1, err));
-    o->r = r;
-    o->n_doc = lsa_source_n_train(s);
-    o->epoch = -1;
-    LSA_TRY(LSA_NEW(o->begin, o->n_doc + 1, err));
-    LSA_TRY(LSA_NEW(o->at, o->n_doc + 1, err));
-    LSA_TRY(LSA_NEW(o->bytes, o->n_doc, err));
-    LSA_TRY(LSA_NEW(o->group, o->n_doc + 1, err));
-    for (int64_t d = 0; d < o->n_doc; d++) {
-        int64_t n;
-        LSA_TRY(lsa_source_n_window(&n, s, d, err));
-        o->begin[d + 1] = o->begin[d] + n;
-        o->bytes[d] = lsa_source_doc_bytes(s, d);
-    }
-    o->n_window = o->begin[o->n_doc];
-    if (o->n_window == 0 && r->mode == LSA_MODE_REFERENCE)
-        LSA_FAIL(
-            LSA_E_CONFIG,
-            "no window to train on: in %lld training documents (%lld held out) no chunk has sample.min_layers = %lld votes; lower it, or "
-            "sample.val_documents",
-            (long long)o->n_doc, (long long)r->val_documents, (long long)r->min_layers);
-    if (o->n_window == 0)
-        LSA_FAIL(
-            LSA_E_CONFIG,
-            "no window to train on: %lld training documents (%lld held out), tau %lld, tail %lld; documents must be longer than "
-            "tail + tau tokens and sample.val_documents smaller than their number",
-            (long long)o->n_doc, (long long)r->val_documents, (long long)r->tau, (long long)r->tail);
-    LSA_TRY(LSA_NEW(o->perm, o->n_doc, err));
-    if (r->order == LSA_ORDER_SHUFFLED) LSA_TRY(LSA_NEW(o->mix, o->n_window, err));
-    *out = o;
-    o = NULL;
-done:
-    lsa_order_destroy(o);
-    return st;
-}
-
-void lsa_order_destroy(lsa_order *o) {
-    if (!o) return;
-    lsa_free(o->begin);
-    lsa_free(o->at);
-    lsa_free(o->perm);
-    lsa_free(o->bytes);
-    lsa_free(o->group);
-    lsa_free(o->mix);
-    lsa_free(o);
-}
-
-int64_t lsa_order_epoch_windows(const lsa_order *o) {
-    return o->n_window;
-}
-
-static void shuffle(int64_t *p, int64_t n, uint64_t key, uint64_t hi) {
-    lsa_rng g = lsa_rng_make(key, hi);
-    for (int64_t i = 0; i < n; i++) p[i] = i;
-    for (int64_t i = n - 1; i > 0; i--) {
-        const int64_t j = (int64_t)lsa_rng_below(&g, (uint64_t)i + 1), x = p[i];
-        p[i] = p[j];
-        p[j] = x;
-    }
-}
-
-/* Groups: documents that are in memory together. Two groups fit the pool (one in use, one on its way), or all
- * documents are one group. */
-static void make_groups(lsa_order *o) {
-    int64_t total = 0, here = 0;
-    const int64_t budget = o->r->pool_mib << 20;
-    for (int64_t d = 0; d < o->n_doc; d++) total += o->bytes[d];
-    o->n_group = 0;
-    for (int64_t i = 0; i < o->n_doc; i++) {
-        const int64_t b = o->bytes[o->perm[i]];
-        if (i == 0 || (total > budget && here + b > budget / 2)) {
-            o->group[o->n_group++] = i;
-            here = 0;
-        }
-        here += b;
-    }
-    o->group[o->n_group] = o->n_doc;
-}
-
-static void shuffle_epoch(lsa_order *o, int64_t epoch) {
-    shuffle(o->perm, o->n_doc, lsa_mix64((uint64_t)o->r->seed, 201), (uint64_t)epoch);
-    for (int64_t i = 0; i < o->n_doc; i++)
-        o->at[i + 1] = o->at[i] + o->begin[o->perm[i] + 1] - o->begin[o->perm[i]];
-    make_groups(o);
-    o->epoch = epoch;
-    o->shuffled = -1;
-}
-
-/* Largest i with begin[i] <= x, for x < begin[n]; skips empty parts. */
-static int64_t find_part(const int64_t *begin, int64_t n, int64_t x) {
-    int64_t lo = 0, hi = n - 1;
-    while (lo < hi) {
-        const int64_t mid = (lo + hi + 1) / 2;
-        if (begin[mid] <= x)
-            lo = mid;
-        else
-            hi = mid - 1;
-    }
-    return lo;
-}
-
-lsa_status lsa_order_next(int64_t *doc, int64_t *window, lsa_order *o, lsa_cursor *c, lsa_err *err) {
-    if (c->epoch < 0 || c->index < 0 || c->index > o->n_window)
-        LSA_RET_FAIL(LSA_E_FORMAT, "cursor (epoch %lld, index %lld) does not fit %lld windows an epoch",
-                     (long long)c->epoch, (long long)c->index, (long long)o->n_window);
-    if (c->index == o->n_window) {
-        c->epoch++;
-        c->index = 0;
-    }
-    if (o->epoch != c->epoch) shuffle_epoch(o, c->epoch);
-    int64_t index = c->index;
-    if (o->r->order == LSA_ORDER_SHUFFLED) {
-        int64_t g = 0;
-        while (o->at[o->group[g + 1]] <= index) g++;
-        const int64_t first = o->at[o->group[g]];
-        if (o->shuffled != g)
-            shuffle(o->mix, o->at[o->group[g + 1]] - first,
-                    lsa_mix64(lsa_mix64((uint64_t)o->r->seed, 203), (uint64_t)c->epoch), (uint64_t)g);
-        o->shuffled = g;
-        index = first + o->mix[index - first];
-    }
-    const int64_t i = find_part(o->at, o->n_doc, index);
-    *doc = o->perm[i];
-    *window = index - o->at[i];
-    c->index++;
-    return LSA_OK;
-}
-
-int64_t lsa_order_group(const lsa_order *o, int64_t index) {
-    int64_t g = 0;
-    while (g + 1 < o->n_group && o->at[o->group[g + 1]] <= index) g++;
-    return g;
-}
-int64_t lsa_order_groups(lsa_order *o, int64_t epoch) {
-    if (o->epoch != epoch) shuffle_epoch(o, epoch);
-    return o->n_group;
-}
-int64_t lsa_order_group_docs(lsa_order *o, int64_t epoch, int64_t g, const int64_t **doc) {
-    if (o->epoch != epoch) shuffle_epoch(o, epoch);
-    *doc = o->perm + o->group[g];
-    return o->group[g + 1] - o->group[g];
-}
-
 /* ---- arrays ---- */
 
 void lsa_batch_fini(lsa_batch *b) {
@@ -177,8 +17,8 @@ void lsa_batch_fini(lsa_batch *b) {
         lsa_free(b->x[l]);
         lsa_free(b->key[l]);
     }
-    void *p[] = {b->position, b->key_base, b->n_cand, b->cand,      b->y,
-                 b->weight,   b->doc,      b->start,  b->row_weight};
+    void *p[] = {b->position, b->key_base, b->n_cand, b->cand,       b->y,
+                 b->weight,   b->doc,      b->start,  b->row_weight, b->shard};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     memset(b, 0, sizeof *b);
 }
@@ -375,10 +215,17 @@ static int64_t sample_kl_row(lsa_batch *b, int64_t i, const lsa_recipe *r, const
     return k;
 }
 
+void lsa_batch_counts_add(lsa_batch_counts *a, const lsa_batch_counts *b) {
+    a->n_elem += b->n_elem;
+    a->n_pair += b->n_pair;
+    a->n_balanced += b->n_balanced;
+    a->row_weights += b->row_weights;
+}
+
 lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_recipe *r,
                           const lsa_indexer_geom *g, lsa_cursor *c, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const int64_t m = r->batch;
+    const int64_t rows = lsa_order_rows(o), n_shard = lsa_order_share(o), m = rows * n_shard;
     const lsa_train_doc **doc = NULL;
     lsa_window *w = NULL;
     int64_t *epoch = NULL, *n_pos = NULL, widest = 0;
@@ -390,11 +237,11 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
     LSA_TRY(room_rows(b, m, g, err));
     lsa_source_unpin(s);
     for (int64_t i = 0; i < m; i++) {
-        int64_t d, k;
-        LSA_TRY(lsa_order_next(&d, &k, o, c, err));
-        epoch[i] = c->epoch;
-        LSA_TRY(lsa_source_get(&doc[i], s, d, err));
-        LSA_TRY(lsa_window_at(&w[i], s, doc[i], k, err));
+        lsa_place p;
+        LSA_TRY(lsa_order_at(&p, o, lsa_order_first(o) + i / rows, c->asked + i % rows, err));
+        epoch[i] = p.epoch;
+        LSA_TRY(lsa_source_get(&doc[i], s, p.doc, err));
+        LSA_TRY(lsa_window_at(&w[i], s, doc[i], p.window, err));
         fill_query(b, i, doc[i], &w[i], g);
         widest = lsa_max_i64(widest, w[i].n_cand);
     }
@@ -440,14 +287,19 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
         lsa_free(word);
     }
     if (failed) LSA_FAIL(LSA_E_NOMEM, "out of memory while making a batch");
-    b->n_elem = b->n_pair = b->n_balanced = 0;
-    b->row_weights = 0;
+    if (b->n_shard != n_shard) ROOM(b->shard, n_shard);
+    b->n_shard = n_shard;
+    memset(b->shard, 0, (size_t)n_shard * sizeof *b->shard);
     for (int64_t i = 0; i < m; i++) {
-        b->n_elem += b->n_cand[i];
-        b->n_balanced += n_pos[i];
-        b->n_pair += n_pos[i] * (b->n_cand[i] - n_pos[i]);
-        if (kl) b->row_weights += (double)b->row_weight[i];
+        lsa_batch_counts *const k = &b->shard[i / rows];
+        k->n_elem += b->n_cand[i];
+        k->n_balanced += n_pos[i];
+        k->n_pair += n_pos[i] * (b->n_cand[i] - n_pos[i]);
+        if (kl) k->row_weights += (double)b->row_weight[i];
     }
+    b->count = (lsa_batch_counts){0};
+    for (int64_t v = 0; v < n_shard; v++) lsa_batch_counts_add(&b->count, &b->shard[v]);
+    c->asked += rows;
 done:
     lsa_free(doc);
     lsa_free(w);

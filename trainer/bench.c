@@ -227,10 +227,10 @@ static lsa_status batch_of(lsa_batch *b, setup *x, int64_t m, lsa_err *err) {
     LSA_TRY(lsa_gpu_peek(x->step, b->n_cand, n_pos, b->cand, b->y, b->weight, NULL, err));
     for (int64_t i = 0; i < m; i++) {
         b->row_weight[i] = 1.0f;
-        b->row_weights += 1.0;
-        b->n_elem += b->n_cand[i];
-        b->n_balanced += n_pos[i];
-        b->n_pair += (int64_t)n_pos[i] * (b->n_cand[i] - n_pos[i]);
+        b->count.row_weights += 1.0;
+        b->count.n_elem += b->n_cand[i];
+        b->count.n_balanced += n_pos[i];
+        b->count.n_pair += (int64_t)n_pos[i] * (b->n_cand[i] - n_pos[i]);
     }
 done:
     lsa_free(n_pos);
@@ -317,7 +317,7 @@ static lsa_status judge(setup *x, const char *column, int64_t m, const float *ou
     LSA_TRY(batch_of(&b, x, m, err));
     LSA_TRY(LSA_NEW(theirs, x->n_param, err));
     LSA_TRY(lsa_ctx_create(&ctx, column, err));
-    LSA_TRY(lsa_trainer_create(&t, ctx, &r, &x->g, x->params, NULL, NULL, 0, err));
+    LSA_TRY(lsa_trainer_create(&t, ctx, NULL, 1, &r, &x->g, x->params, NULL, NULL, 0, err));
     if (r.hard_share > 0) {
         LSA_TRY(LSA_NEW(z, x->g.n_layer * m * b.n, err));
         LSA_TRY(LSA_NEW(n_pos, m, err));
@@ -484,7 +484,7 @@ static lsa_status judge_eval(setup *x, const lsa_gpu_eval_row *row, int64_t stri
     double worst_mass = 0, worst_hit = 0;
     LSA_TRY(batch_inputs(&b, x, m, n, err));
     LSA_TRY(lsa_ctx_create(&ctx, "cpu", err));
-    LSA_TRY(lsa_trainer_create(&t, ctx, &x->b->r, &x->g, x->params, NULL, NULL, 0, err));
+    LSA_TRY(lsa_trainer_create(&t, ctx, NULL, 1, &x->b->r, &x->g, x->params, NULL, NULL, 0, err));
     LSA_TRY(LSA_NEW(z, x->g.n_layer * m * n, err));
     LSA_TRY(LSA_NEW(mass, n, err));
     LSA_TRY(LSA_NEW(scratch, n, err));

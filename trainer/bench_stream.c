@@ -66,7 +66,7 @@ static lsa_status rate(double *windows_per_s, double *first_s, int64_t *data_byt
         }
     LSA_TRY(lsa_indexer_geom_check(&t.g, err));
     LSA_TRY(lsa_source_open(&t.s, data, &r, &t.g, false, err));
-    LSA_TRY(lsa_order_create(&t.o, t.s, &r, err));
+    LSA_TRY(lsa_order_create(&t.o, t.s, &r, 0, 1, err));
     *data_bytes = 0;
     for (int64_t d = 0; d < lsa_source_n_train(t.s); d++) *data_bytes += lsa_source_doc_bytes(t.s, d);
     LSA_TRY(LSA_NEW(t.params, lsa_indexer_n_param(&t.g), err));

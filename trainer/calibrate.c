@@ -291,9 +291,9 @@ static lsa_status fold_scales(lsa_calib_fold *f, const double *b, const lsa_cali
                 n += (size_t)snprintf(text + n, sizeof text - n, " c%d %.3f", c->ord[i].v, b[i]);
             LSA_RET_FAIL(
                 LSA_E_UNSUPPORTED,
-                "cannot fold budget %.4g: the layers keep chunks above logits of different signs (%s ), and weights "
+                "cannot fold budget %.4g: the layers keep chunks above logits of different signs (%s), and weights "
                 "without a bias cannot move them; choose another budget or length, or serve the thresholds",
-                f->budget, text);
+                f->budget, text + 1);
         }
         size += log(fabs(b[l]) / (double)c->temperature[l]) / c->n_layer;
     }

@@ -121,8 +121,9 @@ done:
     return st;
 }
 
-/* One group of windows; the windows run in parallel into rows of their own and are added in order. */
-static lsa_status group_scores(lsa_eval *e, int bin, const lsa_batch *b, const lsa_train_doc *d,
+/* One group of windows, added to row [e->n]; the windows run in parallel into rows of their own and are added
+ * in order. */
+static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_batch *b, const lsa_train_doc *d,
                                lsa_source *s, const lsa_recipe *r, int64_t first, const float *z,
                                lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -152,10 +153,8 @@ static lsa_status group_scores(lsa_eval *e, int bin, const lsa_batch *b, const l
         lsa_free(votes);
     }
     if (failed) LSA_FAIL(LSA_E_NOMEM, "out of memory in the evaluation of document %lld", (long long)d->doc);
-    for (int64_t i = 0; i < b->m; i++) {
-        for (int32_t k = 0; k < e->n; k++) add(&e->row[k], &rows[i * e->n + k]);
-        add(&e->by_length[bin], &rows[i * e->n + e->n - 1]);
-    }
+    for (int64_t i = 0; i < b->m; i++)
+        for (int32_t k = 0; k < e->n; k++) add(&row[k], &rows[i * e->n + k]);
 done:
     lsa_free(rows);
     return st;
@@ -178,35 +177,74 @@ int lsa_eval_bin(int64_t n_token) {
     return bin;
 }
 
-lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
-                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
+/* All windows of one document, added to row [e->n]. */
+static lsa_status score_document(lsa_scores *row, const lsa_eval *e, lsa_trainer *t, lsa_comm *comm,
+                                 lsa_source *s, const lsa_recipe *r, const lsa_indexer_geom *g, int64_t doc,
+                                 int64_t n_window, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_batch b = {0};
+    const lsa_train_doc *d;
     float *z = NULL;
     int64_t cap = 0;
-    lsa_eval_begin(e, s, g);
-    for (int64_t doc = first; doc < last; doc++) {
-        int64_t n_window;
-        const lsa_train_doc *d;
-        LSA_TRY(lsa_source_n_window(&n_window, s, doc, err));
-        for (int64_t w = 0; w < n_window; w += GROUP) {
-            const int64_t m = lsa_min_i64(GROUP, n_window - w);
-            LSA_TRY(lsa_batch_document(&b, s, doc, w, m, g, err));
-            const int64_t need = g->n_layer * m * b.n;
-            if (need > cap) {
-                lsa_free(z);
-                z = NULL;
-                LSA_TRY(LSA_NEW(z, need, err));
-                cap = need;
-            }
-            LSA_TRY(lsa_trainer_score(t, &b, z, err));
-            LSA_TRY(lsa_source_get(&d, s, doc, err));
-            LSA_TRY(group_scores(e, lsa_eval_bin(d->info.n_token), &b, d, s, r, w, z, err));
+    for (int64_t w = 0; w < n_window; w += GROUP) {
+        const int64_t m = lsa_min_i64(GROUP, n_window - w);
+        if (comm) lsa_comm_tick(comm, "evaluating");
+        LSA_TRY(lsa_batch_document(&b, s, doc, w, m, g, err));
+        const int64_t need = g->n_layer * m * b.n;
+        if (need > cap) {
+            lsa_free(z);
+            z = NULL;
+            LSA_TRY(LSA_NEW(z, need, err));
+            cap = need;
         }
+        LSA_TRY(lsa_trainer_score(t, &b, z, err));
+        LSA_TRY(lsa_source_get(&d, s, doc, err));
+        LSA_TRY(group_scores(row, e, &b, d, s, r, w, z, err));
     }
 done:
     lsa_batch_fini(&b);
     lsa_free(z);
+    return st;
+}
+
+lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_comm *comm, lsa_source *s, const lsa_recipe *r,
+                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int rank = comm ? lsa_comm_rank(comm) : 0, size = comm ? lsa_comm_size(comm) : 1;
+    const int64_t n_doc = last - first;
+    int64_t *n_window = NULL, *next = NULL, block = 0, mine = 0;
+    int32_t *to = NULL;
+    lsa_scores *own = NULL, *all = NULL; /* [documents of a rank][e->n]; the same of every rank */
+    lsa_eval_begin(e, s, g);
+    LSA_TRY(LSA_NEW(n_window, n_doc, err));
+    LSA_TRY(LSA_NEW(to, n_doc, err));
+    LSA_TRY(LSA_NEW(next, size, err));
+    for (int64_t i = 0; i < n_doc; i++) LSA_TRY(lsa_source_n_window(&n_window[i], s, first + i, err));
+    LSA_TRY(lsa_deal(to, n_window, n_doc, size, err));
+    for (int64_t i = 0; i < n_doc; i++) block = lsa_max_i64(block, ++next[to[i]]);
+    LSA_TRY(LSA_NEW(own, block * e->n, err));
+    LSA_TRY(LSA_NEW(all, size * block * e->n, err));
+    for (int64_t i = 0; i < n_doc; i++)
+        if (to[i] == rank)
+            LSA_TRY(score_document(own + e->n * mine++, e, t, comm, s, r, g, first + i, n_window[i], err));
+    const int64_t bytes = block * e->n * (int64_t)sizeof *own;
+    if (comm)
+        LSA_TRY(lsa_comm_all_gather(comm, own, all, bytes, err));
+    else if (bytes)
+        memcpy(all, own, (size_t)bytes);
+    memset(next, 0, (size_t)size * sizeof *next);
+    for (int64_t i = 0; i < n_doc; i++) {
+        const lsa_scores *row = all + (to[i] * block + next[to[i]]++) * e->n;
+        const int bin = lsa_eval_bin(lsa_shards_get_doc(lsa_source_shards(s), first + i).n_token);
+        for (int32_t k = 0; k < e->n; k++) add(&e->row[k], &row[k]);
+        add(&e->by_length[bin], &row[e->n - 1]);
+    }
+done:
+    lsa_free(n_window);
+    lsa_free(next);
+    lsa_free(to);
+    lsa_free(own);
+    lsa_free(all);
     return st;
 }
 

@@ -40,9 +40,11 @@ void lsa_eval_begin(lsa_eval *e, const lsa_source *s,
 int lsa_eval_bin(int64_t n_token);              /* index of by_length */
 
 /* Documents [first, last) of the source. Candidates are the evictable chunks if the recipe excludes resident
- * ones. */
-LSA_NODISCARD lsa_status lsa_evaluate(lsa_eval *out, lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
-                                      const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err);
+ * ones. Documents are dealt to the ranks of comm (NULL: one) and their scores added in the documents' order:
+ * every number of ranks gives every rank the same bits. */
+LSA_NODISCARD lsa_status lsa_evaluate(lsa_eval *out, lsa_trainer *t, lsa_comm *comm, lsa_source *s,
+                                      const lsa_recipe *r, const lsa_indexer_geom *g, int64_t first,
+                                      int64_t last, lsa_err *err);
 /* The number that picks the best checkpoint; larger is better. */
 double lsa_eval_value(const lsa_eval *e, const lsa_recipe *r);
 json_t *lsa_eval_json(const lsa_eval *e, const lsa_recipe *r);

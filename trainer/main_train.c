@@ -3,17 +3,68 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "data/h5.h"
+#include "kernels/comm/comm.h"
 #include "kernels/core/cli.h"
+#include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "trainer/bench.h"
 #include "trainer/run.h"
 
 static const char *const DEVICE_HELP = "where to train: auto, cpu, cuda, cuda:N or ref (default auto)";
 
+/* ---- ranks ---- */
+
+typedef struct ranks {
+    const char *kind;
+    double deadline;
+    lsa_comm *comm;
+} ranks;
+#define RANKS_DEFAULT                                                                                        \
+    { "auto", 20, NULL }
+#define RANKS_OPTS(r)                                                                                        \
+    {"ranks", "KIND", LSA_OPT_STR, &(r).kind,                                                                \
+     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi "  \
+     "(default auto)"},                                                                                      \
+    {                                                                                                        \
+        "deadline", "S", LSA_OPT_F64, &(r).deadline,                                                         \
+            "seconds after which a rank that is silent or does not move ends the run (default 20)"           \
+    }
+
+static const char *variable(const char *name) {
+    return getenv(name);
+}
+static void stuck(const lsa_err *err) {
+    _exit(lsa_report_error("lsa-train", err));
+}
+
+static lsa_status ranks_open(ranks *r, lsa_err *err) {
+    lsa_comm_opts o = {.ranks = r->kind, .deadline_s = r->deadline, .stuck = stuck};
+    lsa_status st = lsa_launch_read(&o.launch, variable, err);
+    if (st == LSA_OK) st = lsa_comm_open(&r->comm, &o, err);
+    if (st == LSA_OK && lsa_comm_rank(r->comm) > 0) lsa_log_set_level(LSA_LOG_QUIET);
+    return st;
+}
+
+/* Ends the ranks' work together; an error says which rank reports it. Of an interruption only rank 0 speaks,
+ * and the others end with 0: a launcher kills the rest of a job as soon as one rank leaves with another code.
+ */
+static lsa_status ranks_close(ranks *r, lsa_status st, lsa_err *err) {
+    const int rank = r->comm ? lsa_comm_rank(r->comm) : 0, size = r->comm ? lsa_comm_size(r->comm) : 1;
+    lsa_comm_close(r->comm, st, err);
+    if (st == LSA_E_INTERRUPTED && rank > 0) {
+        *err = (lsa_err){0};
+        return LSA_OK;
+    }
+    if (st != LSA_OK && size > 1) lsa_err_wrap(err, "rank %d", rank);
+    return st;
+}
+
 static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
     const char *recipe = NULL, *data = NULL, *out = NULL, *init = NULL, *device = "auto";
+    ranks w = RANKS_DEFAULT;
     lsa_multi set = {0};
     const lsa_opt opts[] = {
         {"recipe", "FILE", LSA_OPT_STR, &recipe,
@@ -23,24 +74,32 @@ static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
         {"init", "CKPT", LSA_OPT_STR, &init, "start from this checkpoint, widened to the recipe's geometry"},
         {"set", "KEY=VALUE", LSA_OPT_MULTI, &set, "override a recipe key; may be repeated"},
         {"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP},
+        RANKS_OPTS(w),
         {0}};
     lsa_recipe r;
     lsa_cli_parse("Fit the memory indexer to the shards.", "", opts, argc, argv, NULL, 0);
     if (!data || !out) LSA_RET_FAIL(LSA_E_ARG, "--data and --out are required; see --help");
     lsa_status st = lsa_recipe_load(&r, lsa_recipe_keys, lsa_recipe_n_key, recipe, set.v, set.n, err);
-    return st == LSA_OK ? lsa_train_run(&r, data, out, init, device, err) : st;
+    if (st == LSA_OK) st = ranks_open(&w, err);
+    if (st == LSA_OK) st = lsa_train_run(&r, data, out, init, device, w.comm, err);
+    return ranks_close(&w, st, err);
 }
 
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
     const char *dir, *device = "auto";
-    const lsa_opt opts[] = {{"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP}, {0}};
-    lsa_cli_parse("Go on with an interrupted run, bit for bit.", "RUN", opts, argc, argv, &dir, 1);
-    return lsa_train_resume(dir, device, err);
+    ranks w = RANKS_DEFAULT;
+    const lsa_opt opts[] = {{"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP}, RANKS_OPTS(w), {0}};
+    lsa_cli_parse("Go on with an interrupted run, bit for bit, on any number of ranks.", "RUN", opts, argc,
+                  argv, &dir, 1);
+    lsa_status st = ranks_open(&w, err);
+    if (st == LSA_OK) st = lsa_train_resume(dir, device, w.comm, err);
+    return ranks_close(&w, st, err);
 }
 
 static lsa_status cmd_eval(int argc, char **argv, lsa_err *err) {
     const char *ckpt, *data = NULL, *device = "auto";
-    bool json = false, held_out = false;
+    bool json = false, held_out = false, lead;
+    ranks w = RANKS_DEFAULT;
     lsa_multi set = {0};
     const lsa_opt opts[] = {
         {"data", "SHARDS", LSA_OPT_STR, &data, "shard folder"},
@@ -49,14 +108,18 @@ static lsa_status cmd_eval(int argc, char **argv, lsa_err *err) {
          "override a key of the checkpoint's recipe, such as eval.budget; may be repeated"},
         {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
         {"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP},
+        RANKS_OPTS(w),
         {0}};
     lsa_eval e;
     lsa_recipe r;
     lsa_cli_parse("Evaluate a checkpoint over all candidates of every document.", "CKPT", opts, argc, argv,
                   &ckpt, 1);
     if (!data) LSA_RET_FAIL(LSA_E_ARG, "--data is required; see --help");
-    lsa_status st = lsa_train_eval(&e, &r, ckpt, data, held_out, device, set.v, set.n, err);
-    if (st != LSA_OK) return st;
+    lsa_status st = ranks_open(&w, err);
+    lead = st == LSA_OK && lsa_comm_rank(w.comm) == 0;
+    if (st == LSA_OK) st = lsa_train_eval(&e, &r, ckpt, data, held_out, device, set.v, set.n, w.comm, err);
+    st = ranks_close(&w, st, err);
+    if (st != LSA_OK || !lead) return st;
     if (json) {
         json_t *o = lsa_eval_json(&e, &r);
         char *text = json_dumps(o, JSON_REAL_PRECISION(9));

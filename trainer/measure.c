@@ -107,7 +107,7 @@ done:
 lsa_status lsa_measure_params(lsa_measure *m, const float *params, lsa_err *err) {
     lsa_trainer_destroy(m->trainer);
     m->trainer = NULL;
-    return lsa_trainer_create(&m->trainer, m->ctx, &m->r, &m->g, params, NULL, NULL, 0, err);
+    return lsa_trainer_create(&m->trainer, m->ctx, NULL, 1, &m->r, &m->g, params, NULL, NULL, 0, err);
 }
 
 static lsa_status has_stats(bool *out, const char *data, lsa_err *err) {

@@ -2,6 +2,7 @@
 #include "trainer/recipe_keys.h"
 
 #include <stddef.h>
+#include <stdio.h>
 
 #define I64(name, field, dflt, lo, hi, help)                                                                 \
     { name, LSA_KEY_I64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help }
@@ -24,13 +25,15 @@ const lsa_key lsa_recipe_keys[] = {
     I64("train.save_every", save_every, "200", 1, 1e8, "steps between checkpoints"),
     I64("train.log_every", log_every, "10", 1, 1e8, "steps between lines of metrics.jsonl"),
     I64("train.keep", keep, "2", 1, 1e6, "checkpoints kept besides best and latest"),
+    I64("train.milestone_every", milestone_every, "0", 0, 1e8,
+        "steps between checkpoints that are kept for good (0: none)"),
     I64("train.patience", patience, "0", 0, 1e6,
         "stop after this many evaluations without improvement (0: never)"),
     I64("train.max_bad", max_bad, "10", 1, 1e6, "give up after this many non-finite steps in a row"),
     I64("train.cache_mib", cache_mib, "4096", 1, 1e7, "host memory for documents, MiB"),
     I64("train.pool_mib", pool_mib, "16384", 1, 1e7,
-        "memory for the keys and hidden vectors of the documents in use and the next ones, MiB (on a GPU its own memory); shuffled "
-        "windows are shuffled among documents that are in it together"),
+        "memory for the keys and hidden vectors of the documents in use and the next ones, MiB (on a GPU its own memory), shared equally "
+        "by the virtual shards; shuffled windows are shuffled among documents of a shard that are in it together"),
     PICK(
         "train.precision", precision, "bf16", "bf16|fp8|f32",
         "on a GPU: bf16 products, the same with queries rounded to fp8 as servers do, or f32 op by op; a CPU computes in f32"),
@@ -40,6 +43,10 @@ const lsa_key lsa_recipe_keys[] = {
          "debugging aid: on a GPU only the kernels that every architecture has"),
     TEXT("train.trace", trace, "",
          "debugging aid: write the exact samples of every step to this safetensors file"),
+
+    I64("data.virtual_shards", virtual_shards, "8", 1, 4096,
+        "parts that the documents are dealt to, balanced by windows; a step asks train.batch / this many windows of each; the number of "
+        "ranks divides it, and nothing else depends on that number"),
 
     TEXT("model.layers", layers, "all", "joint CSA layers: all, or ordinals such as 0,2"),
     I64("model.heads", heads, "32", 1, 128, "indexer heads"),
@@ -89,6 +96,9 @@ const lsa_key lsa_recipe_keys[] = {
          "AdamW's moments in GPU memory (bf16: stochastic rounding)"),
     F64("optim.weight_decay", weight_decay, "0.01", 0, 10, "decoupled weight decay"),
     BOOL("optim.decay_norm", decay_norm, "false", "decay the norm gains too"),
+    BOOL(
+        "optim.zero1", zero1, "false",
+        "with several ranks: each holds and updates the moments of its part of the parameters (less memory, the same result)"),
     F64("optim.beta1", beta1, "0.9", 0, 0.999999, "first moment"),
     F64("optim.beta2", beta2, "0.999", 0, 0.9999999, "second moment"),
     F64("optim.eps", eps, "1e-8", 0, 1, "added to the root of the second moment"),
@@ -121,6 +131,15 @@ lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
     if (r->balance &&
         (r->candidates != LSA_CAND_ALL || (r->loss != LSA_LOSS_BCE && r->loss != LSA_LOSS_FOCAL)))
         LSA_RET_FAIL(LSA_E_CONFIG, "loss.balance needs sample.candidates: all and loss.kind bce or focal");
+    if (r->batch % r->virtual_shards) {
+        const int64_t below = r->batch / r->virtual_shards * r->virtual_shards;
+        char lower[32] = "";
+        if (below) snprintf(lower, sizeof lower, "%lld or ", (long long)below);
+        LSA_RET_FAIL(LSA_E_CONFIG,
+                     "train.batch %lld is not a multiple of data.virtual_shards %lld; the nearest are %s%lld",
+                     (long long)r->batch, (long long)r->virtual_shards, lower,
+                     (long long)(below + r->virtual_shards));
+    }
     if (r->micro_batch && r->batch % r->micro_batch)
         LSA_RET_FAIL(LSA_E_CONFIG, "train.micro_batch %lld must divide train.batch %lld",
                      (long long)r->micro_batch, (long long)r->batch);

@@ -30,9 +30,10 @@ typedef struct lsa_recipe {
     double smoothing, margin;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
     int64_t warmup, schedule, moments;
-    bool decay_norm;
-    int64_t steps, batch, seed, eval_every, save_every, log_every, keep, patience, max_bad, cache_mib;
-    int64_t precision, micro_batch, pool_mib;
+    bool decay_norm, zero1;
+    int64_t steps, batch, seed, eval_every, save_every, log_every, keep, milestone_every, patience, max_bad,
+        cache_mib;
+    int64_t precision, micro_batch, pool_mib, virtual_shards;
     bool portable;
     double threshold, budget;
     int64_t topk, metric;

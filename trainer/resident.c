@@ -18,13 +18,21 @@ typedef struct bank {
     bool *held;           /* [n_doc] */
 } bank;
 
+typedef struct pool { /* of one virtual shard */
+    bank bank[BANKS];
+    int64_t epoch, group; /* asked last, and its bank */
+    int32_t in_use;
+} pool;
+
 typedef struct job { /* filling a bank */
     bool running;
+    int64_t shard;
     int32_t bank;
     int64_t *doc, *n_window, n, next;
     pthread_t thread[READERS];
-    int n_thread, n_started; /* readers that have taken a block; threads to join */
-    pthread_mutex_t lock;    /* next, status, and the pool's calls */
+    int n_thread, n_started,
+        n_done;           /* readers that have taken a block; threads to join; readers that ended */
+    pthread_mutex_t lock; /* next, status, and the pool's calls */
     lsa_status st;
     lsa_err err;
 } job;
@@ -36,7 +44,8 @@ struct lsa_resident {
     lsa_indexer_geom g;
     int64_t n_doc;                     /* training documents: slots a bank */
     lsa_gpu_step *step, *eval, *miner; /* miner: scores training documents for hard negatives */
-    bank bank[BANKS];
+    int64_t n_shard;                   /* virtual shards */
+    pool *pool;                        /* [n_shard]; slot bank * n_doc + document, whatever its shard */
     job job;
     lsa_block block[READERS];
     lsa_gpu_row *row;
@@ -73,22 +82,23 @@ static void *reader(void *arg) {
         const int32_t slot = (int32_t)(j->bank * x->n_doc + j->doc[i]);
         if (st == LSA_OK) st = lsa_gpu_pool_put(x->step, slot, &block->doc, block->data, &err);
         if (st == LSA_OK) st = lsa_gpu_pool_wait(x->step, &err);
-        if (st == LSA_OK) x->bank[j->bank].held[j->doc[i]] = true;
+        if (st == LSA_OK) x->pool[j->shard].bank[j->bank].held[j->doc[i]] = true;
         if (st != LSA_OK && j->st == LSA_OK) {
             j->st = st;
             j->err = err;
         }
     }
+    j->n_done++;
     pthread_mutex_unlock(&j->lock);
     return NULL;
 }
 
-static lsa_status start(lsa_resident *x, int32_t b, int64_t epoch, int64_t group, lsa_err *err) {
+static lsa_status start(lsa_resident *x, int64_t v, int32_t b, int64_t epoch, int64_t group, lsa_err *err) {
     lsa_status st = LSA_OK;
     job *const j = &x->job;
-    bank *const k = &x->bank[b];
+    bank *const k = &x->pool[v].bank[b];
     const int64_t *doc;
-    j->n = lsa_order_group_docs(x->o, epoch, group, &doc);
+    j->n = lsa_order_group_docs(x->o, v, epoch, group, &doc);
     for (int64_t i = 0; i < j->n; i++) {
         j->doc[i] = doc[i];
         LSA_TRY(lsa_source_n_window(&j->n_window[i], x->s, doc[i], err));
@@ -100,9 +110,10 @@ static lsa_status start(lsa_resident *x, int32_t b, int64_t epoch, int64_t group
     k->epoch = epoch;
     k->group = group;
     k->last_use = -1;
+    j->shard = v;
     j->bank = b;
     j->next = 0;
-    j->n_thread = 0;
+    j->n_thread = j->n_done = 0;
     j->st = LSA_OK;
     for (j->n_started = 0; j->n_started < READERS; j->n_started++)
         if (pthread_create(&j->thread[j->n_started], NULL, reader, x) != 0) break;
@@ -119,17 +130,19 @@ static lsa_status finish(lsa_resident *x, lsa_err *err) {
     for (int i = 0; i < j->n_started; i++) pthread_join(j->thread[i], NULL);
     j->running = false;
     if (j->st == LSA_OK) return LSA_OK;
-    x->bank[j->bank].epoch = x->bank[j->bank].group = -1;
+    bank *const k = &x->pool[j->shard].bank[j->bank];
+    k->epoch = k->group = -1;
     if (err) *err = j->err;
     return j->st;
 }
 
-/* The bank that holds a group, if any. With one group every epoch is the same documents. */
-static int32_t bank_of(lsa_resident *x, int64_t epoch, int64_t group) {
-    const bool one = lsa_order_groups(x->o, epoch) == 1;
-    for (int32_t b = 0; b < BANKS; b++)
-        if (x->bank[b].epoch >= 0 && (one || (x->bank[b].epoch == epoch && x->bank[b].group == group)))
-            return b;
+/* The shard's bank that holds a group, if any. With one group every epoch is the same documents. */
+static int32_t bank_of(lsa_resident *x, int64_t v, int64_t epoch, int64_t group) {
+    const bool one = lsa_order_groups(x->o, v, epoch) == 1;
+    for (int32_t b = 0; b < BANKS; b++) {
+        const bank *const k = &x->pool[v].bank[b];
+        if (k->epoch >= 0 && (one || (k->epoch == epoch && k->group == group))) return b;
+    }
     return -1;
 }
 
@@ -140,29 +153,43 @@ static lsa_status drain(lsa_resident *x, int64_t until, lsa_err *err) {
 }
 
 /* Waits until the group is resident, reading it now if nobody has begun. */
-static lsa_status need(lsa_resident *x, int64_t epoch, int64_t group, int32_t *out, lsa_err *err) {
+static lsa_status need(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t *out, lsa_err *err) {
     lsa_status st = LSA_OK;
-    int32_t b = bank_of(x, epoch, group);
+    const bank *const k = x->pool[v].bank;
+    int32_t b = bank_of(x, v, epoch, group);
     if (b < 0) {
         LSA_TRY(finish(x, err));
-        b = x->bank[0].last_use <= x->bank[1].last_use ? 0 : 1;
-        LSA_TRY(drain(x, x->bank[b].last_use, err));
-        LSA_TRY(start(x, b, epoch, group, err));
+        b = k[0].last_use <= k[1].last_use ? 0 : 1;
+        LSA_TRY(drain(x, k[b].last_use, err));
+        LSA_TRY(start(x, v, b, epoch, group, err));
     }
-    if (x->job.running && x->job.bank == b) LSA_TRY(finish(x, err));
+    if (x->job.running && x->job.shard == v && x->job.bank == b) LSA_TRY(finish(x, err));
     *out = b;
 done:
     return st;
 }
 
-/* Begins to read the group after (epoch, group) if its bank is free. */
-static lsa_status ahead(lsa_resident *x, int64_t epoch, int64_t group, int32_t in_use, lsa_err *err) {
-    const int64_t n = lsa_order_groups(x->o, epoch);
-    bank *const other = &x->bank[1 - in_use];
-    if (n == 1 || x->job.running || x->taken < other->last_use) return LSA_OK;
+/* Whether all readers of the running job are done, so that another can begin. */
+static bool job_over(lsa_resident *x) {
+    pthread_mutex_lock(&x->job.lock);
+    const bool over = x->job.n_done == x->job.n_started;
+    pthread_mutex_unlock(&x->job.lock);
+    return over;
+}
+
+/* Begins to read the group after (epoch, group) of a shard if its bank is free. */
+static lsa_status ahead(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t in_use,
+                        lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t n = lsa_order_groups(x->o, v, epoch);
+    const bank *const other = &x->pool[v].bank[1 - in_use];
+    if (n == 1 || x->taken < other->last_use) return LSA_OK;
     const int64_t e = group + 1 < n ? epoch : epoch + 1, g = group + 1 < n ? group + 1 : 0;
     if (other->epoch == e && other->group == g) return LSA_OK;
-    return start(x, 1 - in_use, e, g, err);
+    if (x->job.running && job_over(x)) LSA_TRY(finish(x, err));
+    if (!x->job.running) LSA_TRY(start(x, v, 1 - in_use, e, g, err));
+done:
+    return st;
 }
 
 /* ---- steps ---- */
@@ -227,9 +254,12 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, 
     x->updates = updates;
     x->eval_first = -1;
     pthread_mutex_init(&x->job.lock, NULL);
-    for (int b = 0; b < BANKS; b++) {
-        x->bank[b].epoch = x->bank[b].group = -1;
-        LSA_TRY(LSA_NEW(x->bank[b].held, x->n_doc, err));
+    x->n_shard = o ? lsa_order_shards(o) : 0;
+    LSA_TRY(LSA_NEW(x->pool, x->n_shard, err));
+    for (int64_t i = 0; i < x->n_shard * BANKS; i++) {
+        bank *const k = &x->pool[i / BANKS].bank[i % BANKS];
+        k->epoch = k->group = -1;
+        LSA_TRY(LSA_NEW(k->held, x->n_doc, err));
     }
     LSA_TRY(LSA_NEW(x->job.doc, x->n_doc, err));
     LSA_TRY(LSA_NEW(x->job.n_window, x->n_doc, err));
@@ -253,7 +283,9 @@ void lsa_resident_destroy(lsa_resident *x) {
     lsa_gpu_destroy(x->eval);
     lsa_gpu_destroy(x->step);
     for (int i = 0; i < READERS; i++) lsa_block_fini(&x->block[i]);
-    for (int b = 0; b < BANKS; b++) lsa_free(x->bank[b].held);
+    for (int64_t i = 0; x->pool && i < x->n_shard * BANKS; i++)
+        lsa_free(x->pool[i / BANKS].bank[i % BANKS].held);
+    lsa_free(x->pool);
     pthread_mutex_destroy(&x->job.lock);
     lsa_free(x->job.doc);
     lsa_free(x->job.n_window);
@@ -267,15 +299,15 @@ static int64_t rows_for(const lsa_resident *x, int64_t n) {
     return lsa_max_i64(1, lsa_min_i64(EVAL_ROWS, EVAL_Z_BYTES / (x->g.n_layer * n * 4)));
 }
 
-/* Ranks the hard negatives of the documents in use anew: when `step` says so, and when a group comes into
- * use. */
-static lsa_status mine(lsa_resident *x, int32_t b, lsa_err *err) {
+/* Ranks the hard negatives of a shard's documents in use anew: when `step` says so, and when a group comes
+ * into use. */
+static lsa_status mine(lsa_resident *x, int64_t v, int32_t b, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t n = lsa_max_i64(128, widest_window(x->s, 0, x->n_doc));
     if (!x->miner) LSA_TRY(lsa_gpu_create_eval(&x->miner, x->step, rows_for(x, n), n, 1, err));
     for (int64_t d = 0; d < x->n_doc; d++) {
         int64_t n_window;
-        if (!x->bank[b].held[d]) continue;
+        if (!x->pool[v].bank[b].held[d]) continue;
         LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
         if (n_window) LSA_TRY(lsa_gpu_mine(x->step, x->miner, (int32_t)(b * x->n_doc + d), err));
     }
@@ -285,27 +317,31 @@ done:
 
 lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa_err *err) {
     lsa_status st = LSA_OK;
-    int64_t epoch = -1, group = -1;
-    int32_t b = -1;
-    for (int64_t i = 0; i < x->r->batch; i++) {
-        int64_t doc, window;
-        LSA_TRY(lsa_order_next(&doc, &window, x->o, c, err));
-        const int64_t g = lsa_order_group(x->o, c->index - 1);
-        if (g != group || c->epoch != epoch) {
-            if (epoch >= 0) x->bank[b].last_use = x->launched + 1;
-            LSA_TRY(need(x, c->epoch, g, &b, err));
-            if (x->r->hard_share > 0 && (step % x->r->hard_every == 0 || x->bank[b].last_use < 0))
-                LSA_TRY(mine(x, b, err));
-            group = g;
-            epoch = c->epoch;
+    const int64_t rows = lsa_order_rows(x->o);
+    for (int64_t v = 0; v < x->n_shard; v++) {
+        pool *const p = &x->pool[v];
+        for (int64_t i = 0; i < rows; i++) {
+            lsa_place at;
+            LSA_TRY(lsa_order_at(&at, x->o, v, c->asked + i, err));
+            if (i == 0 || at.group != p->group || at.epoch != p->epoch) {
+                if (i > 0) p->bank[p->in_use].last_use = x->launched + 1;
+                LSA_TRY(need(x, v, at.epoch, at.group, &p->in_use, err));
+                if (x->r->hard_share > 0 && (step % x->r->hard_every == 0 || p->bank[p->in_use].last_use < 0))
+                    LSA_TRY(mine(x, v, p->in_use, err));
+                p->group = at.group;
+                p->epoch = at.epoch;
+            }
+            x->row[v * rows + i] =
+                (lsa_gpu_row){(int32_t)(p->in_use * x->n_doc + at.doc), (int32_t)at.window, at.epoch};
         }
-        x->row[i] = (lsa_gpu_row){(int32_t)(b * x->n_doc + doc), (int32_t)window, c->epoch};
+        p->bank[p->in_use].last_use = x->launched + 1;
     }
-    x->bank[b].last_use = x->launched + 1;
+    c->asked += rows;
     x->lr[x->launched % LSA_GPU_FLIGHT] = lsa_lr(x->r, step);
     LSA_TRY(lsa_gpu_launch(x->step, x->row, x->lr[x->launched % LSA_GPU_FLIGHT], err));
     x->launched++;
-    LSA_TRY(ahead(x, epoch, group, b, err));
+    for (int64_t v = 0; v < x->n_shard; v++)
+        LSA_TRY(ahead(x, v, x->pool[v].epoch, x->pool[v].group, x->pool[v].in_use, err));
 done:
     return st;
 }

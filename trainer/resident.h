@@ -2,8 +2,8 @@
  * steps, and the evaluation. Same windows, samples and rules as batch.h and step.h; the CPU computes in f32,
  * the GPU as kernels/model/gpu_step.h says.
  *
- * The pool holds two groups of documents (batch.h): one in use, one on its way; or all documents, if they
- * fit. Which windows a step asks depends on recipe and data alone, never on timing. */
+ * The pool holds two groups of documents of every virtual shard (order.h): one in use, one on its way; or all
+ * documents, if they fit. Which windows a step asks depends on recipe and data alone, never on timing. */
 #ifndef LSA_TRAINER_RESIDENT_H
 #define LSA_TRAINER_RESIDENT_H
 

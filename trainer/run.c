@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "data/ckpt.h"
@@ -17,12 +18,15 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "trainer/resident.h"
+#include "trainer/saver.h"
 #include "trainer/tboard.h"
 #include "trainer/trace.h"
 
 typedef struct run {
     const lsa_recipe *r;
     const char *out, *data, *init;
+    lsa_comm *comm;
+    bool lead; /* rank 0: the one that owns the run folder and speaks */
     lsa_ctx *ctx;
     lsa_source *source;
     lsa_order *order;
@@ -31,7 +35,7 @@ typedef struct run {
     lsa_indexer_geom g;
     lsa_batch batch;
     lsa_trace *trace;
-    float *params, *m, *v; /* host copies for checkpoints */
+    lsa_saver *saver;
     lsa_tboard tb;
     FILE *metrics;
     /* state */
@@ -41,11 +45,11 @@ typedef struct run {
     lsa_cursor ahead,
         flight[2]; /* cursor after the last step started; after each step by its number's parity */
     double best;
-    bool has_best, stopped;
+    bool has_best, stopped; /* stopped: by patience */
     json_t *last_eval;
     /* meters */
-    double loss_sum;
-    int64_t loss_n;
+    double loss_sum, save_s; /* save_s: steps waited so long for checkpoints */
+    int64_t loss_n, saves;
 } run;
 
 /* ---- geometry ---- */
@@ -98,15 +102,15 @@ static json_t *state_json(const run *x) {
     }
     json_t *o = json_pack(
         "{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:f, s:b, s:o, s:s, s:s, s:s, s:I, s:I}", "step",
-        (json_int_t)x->step, "epoch", (json_int_t)x->cursor.epoch, "index", (json_int_t)x->cursor.index,
-        "updates",
+        (json_int_t)x->step, "epoch", (json_int_t)lsa_order_epoch(x->order, &x->cursor), "asked",
+        (json_int_t)x->cursor.asked, "updates",
         (json_int_t)(x->resident ? lsa_resident_updates(x->resident) : lsa_trainer_updates(x->trainer)),
         "since_best", (json_int_t)x->since_best, "bad", (json_int_t)x->bad, "skipped", (json_int_t)x->skipped,
         "has_best", x->has_best, "best", x->best, "stopped", x->stopped, "recipe",
         lsa_recipe_json(x->r, lsa_recipe_keys, lsa_recipe_n_key), "data_hash", hash, "teacher", f->teacher,
         "teacher_hash", teacher, "trained_length", (json_int_t)longest, "train_documents",
         (json_int_t)lsa_source_n_train(x->source));
-    if (x->last_eval) json_object_set(o, "eval", x->last_eval);
+    if (x->last_eval) json_object_set_new(o, "eval", json_deep_copy(x->last_eval)); /* the writer's own */
     return o;
 }
 
@@ -115,8 +119,7 @@ static lsa_status restore_state(run *x, int64_t *updates, const json_t *o, const
     const char *hash;
     char now[17];
     LSA_TRY(lsa_json_i64(&x->step, o, "step", where, err));
-    LSA_TRY(lsa_json_i64(&x->cursor.epoch, o, "epoch", where, err));
-    LSA_TRY(lsa_json_i64(&x->cursor.index, o, "index", where, err));
+    LSA_TRY(lsa_json_i64(&x->cursor.asked, o, "asked", where, err));
     LSA_TRY(lsa_json_i64(updates, o, "updates", where, err));
     LSA_TRY(lsa_json_i64(&x->since_best, o, "since_best", where, err));
     LSA_TRY(lsa_json_i64(&x->bad, o, "bad", where, err));
@@ -134,19 +137,65 @@ done:
     return st;
 }
 
+/* Waits for the checkpoint that is being written; the other ranks see that this one is alive. */
+static lsa_status wait_saved(run *x, lsa_err *err) {
+    if (!x->lead) return LSA_OK;
+    while (lsa_saver_busy(x->saver)) {
+        const struct timespec nap = {0, 2000000};
+        lsa_comm_tick(x->comm, "writing a checkpoint");
+        nanosleep(&nap, NULL);
+    }
+    return lsa_saver_wait(x->saver, err);
+}
+
+/* The same for all ranks: none leaves before the last checkpoint is whole, and all hear if it is not. */
+static lsa_status settle(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(wait_saved(x, err));
+    LSA_TRY(lsa_comm_barrier(x->comm, err));
+done:
+    return st;
+}
+
+/* Begins a checkpoint: waits for the one before, takes the snapshot (on rank 0, from all); the writing goes
+ * on beside the steps. The file does not depend on the number of ranks. */
 static lsa_status save(run *x, bool best, lsa_err *err) {
     lsa_status st = LSA_OK;
-    json_t *state = state_json(x);
-    if (!state) LSA_FAIL(LSA_E_NOMEM, "cannot format the training state");
-    LSA_TRY(x->resident ? lsa_resident_get(x->resident, x->params, x->m, x->v, err)
-                        : lsa_trainer_get(x->trainer, x->params, x->m, x->v, err));
-    LSA_TRY(lsa_ckpt_save(x->out, x->step, &x->g, x->params, x->m, x->v, state, best, x->r->keep, err));
+    json_t *state = NULL;
+    lsa_snapshot s = {0};
+    const double t0 = lsa_now_s();
+    LSA_TRY(wait_saved(x, err));
+    if (x->lead) s = lsa_saver_snapshot(x->saver);
+    if (lsa_comm_size(x->comm) > 1) /* hosts that round differently would drift apart unseen */
+        LSA_TRY(lsa_comm_agree(x->comm, "after this step, the parameters", lsa_trainer_hash(x->trainer),
+                               LSA_E_COMM, err));
+    LSA_TRY(x->resident ? lsa_resident_get(x->resident, s.params, s.m, s.v, err)
+                        : lsa_trainer_get(x->trainer, s.params, s.m, s.v, err));
+    if (x->lead) {
+        state = state_json(x);
+        if (!state) LSA_FAIL(LSA_E_NOMEM, "cannot format the training state");
+        LSA_TRY(lsa_saver_begin(x->saver, x->step, state, best, err));
+    }
+    x->saves++;
+    x->save_s += lsa_now_s() - t0;
 done:
-    json_decref(state);
     return st;
 }
 
 /* ---- opening ---- */
+
+/* Recipe and data are the same everywhere, or no rank begins. */
+static lsa_status agree(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char *text = NULL;
+    LSA_TRY(lsa_recipe_text(&text, x->r, lsa_recipe_keys, lsa_recipe_n_key, false, err));
+    LSA_TRY(lsa_comm_agree(x->comm, "the recipe", lsa_xxh64(text, strlen(text)), LSA_E_CONFIG, err));
+    LSA_TRY(lsa_comm_agree(x->comm, "the content of the shard folder",
+                           lsa_shards_hash(lsa_source_shards(x->source)), LSA_E_CONFIG, err));
+done:
+    lsa_free(text);
+    return st;
+}
 
 static lsa_status open_run(run *x, const char *device, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -156,26 +205,26 @@ static lsa_status open_run(run *x, const char *device, lsa_err *err) {
     LSA_TRY(make_geom(&x->g, x->r, &f, err));
     LSA_TRY(lsa_ctx_create(&x->ctx, device, err));
     LSA_TRY(lsa_source_open(&x->source, x->data, x->r, &x->g, x->r->loss == LSA_LOSS_KL || f.has_stats, err));
+    LSA_TRY(agree(x, err));
     if (!f.has_stats && x->r->metric == LSA_METRIC_CAPTURED && x->r->val_documents > 0)
         LSA_FAIL(
             LSA_E_CONFIG,
             "eval.metric captured needs native masses, but the shards hold no /stats; use eval.metric: f1 or recall");
-    LSA_TRY(lsa_order_create(&x->order, x->source, x->r, err));
-    const int64_t n = lsa_indexer_n_param(&x->g);
-    LSA_TRY(LSA_NEW(x->params, n, err));
-    LSA_TRY(LSA_NEW(x->m, n, err));
-    LSA_TRY(LSA_NEW(x->v, n, err));
+    LSA_TRY(
+        lsa_order_create(&x->order, x->source, x->r, lsa_comm_rank(x->comm), lsa_comm_size(x->comm), err));
 done:
     return st;
 }
 
-/* Initial parameters: random, or a checkpoint widened to the recipe's geometry. */
-static lsa_status initial(run *x, lsa_err *err) {
+/* Initial parameters of rank 0: random, or a checkpoint widened to the recipe's geometry; for all ranks. */
+static lsa_status initial(run *x, float **params, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_ckpt c = {0};
+    LSA_TRY(LSA_NEW(*params, lsa_indexer_n_param(&x->g), err));
+    if (!x->lead) goto share;
     if (!x->init) {
-        lsa_indexer_init_random(x->params, &x->g, (uint64_t)x->r->seed);
-        goto done;
+        lsa_indexer_init_random(*params, &x->g, (uint64_t)x->r->seed);
+        goto share;
     }
     LSA_TRY(lsa_ckpt_load(&c, x->init, false, err));
     const lsa_rope *a = &c.geom.rope, *b = &x->g.rope;
@@ -184,7 +233,9 @@ static lsa_status initial(run *x, lsa_err *err) {
         LSA_FAIL(LSA_E_CONFIG,
                  "--init '%s': its RoPE constants are not those of the shards: it belongs to another teacher",
                  x->init);
-    LSA_TRY(lsa_indexer_widen(x->params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
+    LSA_TRY(lsa_indexer_widen(*params, &x->g, c.params, &c.geom, (uint64_t)x->r->seed, err));
+share:
+    LSA_TRY(lsa_comm_broadcast(x->comm, *params, lsa_indexer_n_param(&x->g) * (int64_t)sizeof **params, err));
 done:
     lsa_ckpt_fini(&c);
     return st;
@@ -194,13 +245,17 @@ done:
 static lsa_status open_trainer(run *x, const float *params, const float *m, const float *v, int64_t updates,
                                lsa_err *err) {
     if (lsa_ctx_kind(x->ctx) != LSA_BACKEND_CUDA || x->r->precision == LSA_PRECISION_F32)
-        return lsa_trainer_create(&x->trainer, x->ctx, x->r, &x->g, params, m, v, updates, err);
+        return lsa_trainer_create(&x->trainer, x->ctx, x->comm, lsa_order_share(x->order), x->r, &x->g,
+                                  params, m, v, updates, err);
+    if (lsa_comm_size(x->comm) > 1)
+        LSA_RET_FAIL(LSA_E_CONFIG, "several GPUs: not in this build; start one rank, or pass --device cpu");
     if (*x->r->trace) LSA_RET_FAIL(LSA_E_CONFIG, "train.trace on a GPU needs train.precision: f32");
     return lsa_resident_create(&x->resident, x->ctx, x->source, x->order, x->r, &x->g, params, m, v, updates,
                                err);
 }
 
 static void run_fini(run *x) {
+    lsa_saver_destroy(x->saver);
     if (x->metrics) fclose(x->metrics);
     lsa_tboard_close(&x->tb);
     lsa_trace_destroy(x->trace);
@@ -210,9 +265,6 @@ static void run_fini(run *x) {
     lsa_order_destroy(x->order);
     lsa_source_close(x->source);
     lsa_ctx_destroy(x->ctx);
-    lsa_free(x->params);
-    lsa_free(x->m);
-    lsa_free(x->v);
     json_decref(x->last_eval);
 }
 
@@ -220,18 +272,19 @@ static void run_fini(run *x) {
 
 static void report_step(run *x, const lsa_step_result *s, double windows_per_s) {
     const double loss = x->loss_n ? x->loss_sum / (double)x->loss_n : (double)NAN;
+    x->loss_sum = 0;
+    x->loss_n = 0;
+    if (!x->lead) return;
     fprintf(
         x->metrics,
         "{\"step\": %lld, \"epoch\": %lld, \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"windows_per_s\": %.6g, \"skipped\": %lld}\n",
-        (long long)x->step, (long long)x->cursor.epoch, isfinite(loss) ? loss : -1.0, s->lr,
-        isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s, (long long)x->skipped);
+        (long long)x->step, (long long)lsa_order_epoch(x->order, &x->cursor), isfinite(loss) ? loss : -1.0,
+        s->lr, isfinite(s->grad_norm) ? s->grad_norm : -1.0, windows_per_s, (long long)x->skipped);
     fflush(x->metrics);
     lsa_tboard_scalar(&x->tb, "train/loss", x->step, loss);
     lsa_tboard_scalar(&x->tb, "train/lr", x->step, s->lr);
     lsa_tboard_scalar(&x->tb, "train/grad_norm", x->step, s->grad_norm);
     lsa_tboard_scalar(&x->tb, "train/windows_per_s", x->step, windows_per_s);
-    x->loss_sum = 0;
-    x->loss_n = 0;
 }
 
 /* Held-out documents, or nothing if there are none. Sets *best when this is the best so far. */
@@ -242,7 +295,7 @@ static lsa_status evaluate(run *x, bool *best, lsa_err *err) {
     if (lsa_source_n_train(x->source) == lsa_source_n_doc(x->source)) return LSA_OK;
     const int64_t first = lsa_source_n_train(x->source), last = lsa_source_n_doc(x->source);
     LSA_TRY(x->resident ? lsa_resident_evaluate(&e, x->resident, first, last, err)
-                        : lsa_evaluate(&e, x->trainer, x->source, x->r, &x->g, first, last, err));
+                        : lsa_evaluate(&e, x->trainer, x->comm, x->source, x->r, &x->g, first, last, err));
     const double v = lsa_eval_value(&e, x->r);
     *best = !x->has_best || v > x->best;
     if (*best) {
@@ -254,6 +307,7 @@ static lsa_status evaluate(run *x, bool *best, lsa_err *err) {
     }
     json_decref(x->last_eval);
     x->last_eval = lsa_eval_json(&e, x->r);
+    if (!x->lead) goto done;
     char *text = json_dumps(x->last_eval, JSON_COMPACT | JSON_REAL_PRECISION(9));
     fprintf(x->metrics, "{\"step\": %lld, \"eval\": %s}\n", (long long)x->step, text ? text : "null");
     fflush(x->metrics);
@@ -274,10 +328,15 @@ done:
 
 /* ---- the loop ---- */
 
+/* A checkpoint is due after this step. */
+static bool due(const lsa_recipe *r, int64_t step) {
+    return step % r->save_every == 0 || (r->milestone_every && step % r->milestone_every == 0);
+}
+
 /* A step after which the state is looked at: no later one may have begun. */
 static bool boundary(const run *x, int64_t step) {
     const lsa_recipe *r = x->r;
-    return step == r->steps || step % r->save_every == 0 || (r->eval_every && step % r->eval_every == 0);
+    return step == r->steps || due(r, step) || (r->eval_every && step % r->eval_every == 0);
 }
 
 /* On a GPU the next step is started before the result of this one is awaited. */
@@ -309,9 +368,9 @@ static lsa_status one_step(run *x, lsa_step_result *s, lsa_err *err) {
     if (s->skipped) {
         x->bad++;
         x->skipped++;
-        lsa_warn("step %lld: loss %g, gradient norm %g: update skipped (epoch %lld, up to its window %lld)",
-                 (long long)x->step, s->loss, s->grad_norm, (long long)x->cursor.epoch,
-                 (long long)x->cursor.index);
+        lsa_warn(
+            "step %lld: loss %g, gradient norm %g: update skipped (windows up to number %lld of every virtual shard)",
+            (long long)x->step, s->loss, s->grad_norm, (long long)x->cursor.asked);
         if (x->bad >= x->r->max_bad)
             LSA_FAIL(
                 LSA_E_NUMERIC,
@@ -335,11 +394,16 @@ static lsa_status loop(run *x, lsa_err *err) {
     int64_t n0 = x->step;
     x->launched = x->step;
     lsa_info(
-        "training on %s: %lld documents (%lld held out), %lld windows an epoch, %.2f M parameters in %d joint layers",
-        lsa_ctx_describe(x->ctx), (long long)lsa_source_n_train(x->source),
+        "training on %s%s%s: %lld documents (%lld held out), %lld windows an epoch, %.2f M parameters in %d joint layers",
+        lsa_ctx_describe(x->ctx), lsa_comm_size(x->comm) > 1 ? ", " : "",
+        lsa_comm_size(x->comm) > 1 ? lsa_comm_describe(x->comm) : "",
+        (long long)lsa_source_n_train(x->source),
         (long long)(lsa_source_n_doc(x->source) - lsa_source_n_train(x->source)),
         (long long)lsa_order_epoch_windows(x->order), 1e-6 * (double)lsa_indexer_n_param(&x->g),
         x->g.n_layer);
+    if (lsa_order_shards(x->order) < r->virtual_shards)
+        lsa_info("%lld virtual shards instead of %lld: so few documents have windows",
+                 (long long)lsa_order_shards(x->order), (long long)r->virtual_shards);
     lsa_progress_begin(&p, "train", "steps", (double)r->steps, (double)x->step);
     while (x->step < r->steps && !x->stopped) {
         char extra[64];
@@ -359,14 +423,22 @@ static lsa_status loop(run *x, lsa_err *err) {
             LSA_TRY(evaluate(x, &best, err));
             if (r->patience && x->since_best >= r->patience) x->stopped = true;
         }
-        const bool stop = lsa_stop_requested() && x->launched == x->step;
-        if (best || x->stopped || stop || last || x->step % r->save_every == 0) LSA_TRY(save(x, best, err));
+        bool stop = lsa_stop_requested() && x->launched == x->step;
+        LSA_TRY(
+            lsa_comm_any(x->comm, &stop, err)); /* a signal may reach the ranks at different steps, or one */
+        if (best || x->stopped || stop || last || due(r, x->step)) LSA_TRY(save(x, best, err));
+        if (stop)
+            LSA_TRY(settle(x, err));
+        else if (x->lead)
+            LSA_TRY(lsa_saver_poll(x->saver, err));
         if (eval || best || last) t0 = lsa_now_s(), n0 = x->step;
         if (stop && !last)
             LSA_FAIL(LSA_E_INTERRUPTED, "stopped at step %lld of %lld, saved; 'lsa-train resume %s' goes on",
                      (long long)x->step, (long long)r->steps, x->out);
     }
+    LSA_TRY(settle(x, err));
     lsa_progress_end(&p);
+    if (x->saves) lsa_info("%lld checkpoints; steps waited %.3f s for them", (long long)x->saves, x->save_s);
     if (x->stopped) lsa_info("stopped early: %lld evaluations without improvement", (long long)x->since_best);
     if (x->trace) LSA_TRY(lsa_trace_save(x->trace, r->trace, err));
 done:
@@ -405,66 +477,156 @@ done:
     return st;
 }
 
-lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out, const char *init,
-                         const char *device, lsa_err *err) {
+/* Rank 0: a fresh folder with the lock, what the run is, and its logs. */
+static lsa_status make_folder(run *x, int *lock, lsa_err *err) {
     lsa_status st = LSA_OK;
-    run x = {.r = r, .out = out, .data = data, .init = init};
+    LSA_TRY(lsa_mkdirs(x->out, err));
+    LSA_TRY(lsa_lock_dir(lock, x->out, err));
+    LSA_TRY(write_run_files(x, err));
+    LSA_TRY(open_logs(x, err));
+    LSA_TRY(lsa_saver_create(&x->saver, x->out, &x->g, x->r->keep, x->r->milestone_every, -1, err));
+done:
+    return st;
+}
+
+lsa_status lsa_train_run(const lsa_recipe *r, const char *data, const char *out, const char *init,
+                         const char *device, lsa_comm *comm, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    run x = {.r = r, .out = out, .data = data, .init = init, .comm = comm, .lead = lsa_comm_rank(comm) == 0};
     char path[LSA_PATH_MAX];
+    float *params = NULL;
     int lock = -1;
     LSA_TRY(lsa_path(path, err, "%s/run.json", out));
-    if (lsa_exists(path))
+    if (x.lead && lsa_exists(path))
         LSA_FAIL(LSA_E_ARG,
                  "'%s' already holds a run; 'lsa-train resume %s' goes on with it, or choose another --out",
                  out, out);
     LSA_TRY(open_run(&x, device, err));
-    LSA_TRY(initial(&x, err));
-    LSA_TRY(open_trainer(&x, x.params, NULL, NULL, 0, err));
-    LSA_TRY(lsa_mkdirs(out, err));
-    LSA_TRY(lsa_lock_dir(&lock, out, err));
-    LSA_TRY(write_run_files(&x, err));
-    LSA_TRY(open_logs(&x, err));
-    if (*r->trace) LSA_TRY(lsa_trace_create(&x.trace, x.params, &x.g, err));
+    if (*r->trace && r->virtual_shards > 1)
+        LSA_FAIL(LSA_E_CONFIG, "train.trace needs data.virtual_shards: 1");
+    LSA_TRY(initial(&x, &params, err));
+    LSA_TRY(open_trainer(&x, params, NULL, NULL, 0, err));
+    if (x.lead) LSA_TRY(make_folder(&x, &lock, err));
+    if (*r->trace) LSA_TRY(lsa_trace_create(&x.trace, params, &x.g, err));
     LSA_TRY(loop(&x, err));
 done:
     run_fini(&x);
+    lsa_free(params);
     lsa_unlock(lock);
     return st;
 }
 
-lsa_status lsa_train_resume(const char *out, const char *device, lsa_err *err) {
+/* The latest checkpoint; or, if that one is damaged, the newest whole one before it. */
+static lsa_status load_latest(lsa_ckpt *c, const char *out, const char *latest, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char dir[LSA_PATH_MAX], older[LSA_PATH_MAX];
+    lsa_err why = {0};
+    LSA_TRY(lsa_ckpt_resolve(dir, latest, err));
+    while ((st = lsa_ckpt_load(c, dir, true, &why)) == LSA_E_FORMAT) {
+        LSA_TRY(lsa_ckpt_older(older, out, dir, err));
+        if (!*older) {
+            lsa_err_wrap(
+                &why,
+                "no checkpoint before it is left: restore the file from a copy, or start a new run with --init");
+            break;
+        }
+        lsa_warn("%s; going on from '%s' instead, its steps are done again", why.msg, older);
+        LSA_TRY(lsa_path(dir, err, "%s", older));
+        why = (lsa_err){0};
+    }
+    st = why.code;
+    if (st != LSA_OK && err && err->code == LSA_OK) *err = why;
+done:
+    return st;
+}
+
+/* The object that rank 0 brings (NULL: none), for all ranks. */
+static lsa_status share_json(json_t **o, run *x, const char *where, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char *text = NULL, *copy = NULL;
+    int64_t n = 0;
+    if (x->lead && *o) {
+        text = json_dumps(*o, JSON_COMPACT | JSON_REAL_PRECISION(17));
+        if (!text) LSA_FAIL(LSA_E_NOMEM, "cannot format '%s'", where);
+        n = (int64_t)strlen(text);
+    }
+    LSA_TRY(lsa_comm_broadcast(x->comm, &n, sizeof n, err));
+    if (n == 0 || lsa_comm_size(x->comm) == 1) goto done;
+    LSA_TRY(LSA_NEW(copy, n, err));
+    if (x->lead) memcpy(copy, text, (size_t)n);
+    LSA_TRY(lsa_comm_broadcast(x->comm, copy, n, err));
+    if (!x->lead) LSA_TRY(lsa_json_parse(o, copy, (size_t)n, where, err));
+done:
+    free(text);
+    lsa_free(copy);
+    return st;
+}
+
+static lsa_status share_floats(float **p, run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t n = lsa_indexer_n_param(&x->g);
+    if (!*p) LSA_TRY(LSA_NEW(*p, n, err));
+    LSA_TRY(lsa_comm_broadcast(x->comm, *p, n * (int64_t)sizeof **p, err));
+done:
+    return st;
+}
+
+/* Rank 0 reads the latest checkpoint, every rank goes on from it; or from the start if there is none yet. */
+static lsa_status go_on(run *x, lsa_ckpt *c, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char path[LSA_PATH_MAX];
+    int64_t updates = 0;
+    LSA_TRY(lsa_path(path, err, "%s/ckpt/latest", x->out));
+    if (x->lead) {
+        /* a kill may have come before the save's own pruning */
+        LSA_TRY(lsa_ckpt_clean(x->out, x->r->keep, x->r->milestone_every, err));
+        if (lsa_exists(path)) LSA_TRY(load_latest(c, x->out, path, err));
+    }
+    LSA_TRY(share_json(&c->state, x, path, err));
+    if (!c->state) {
+        LSA_TRY(initial(x, &c->params, err));
+        LSA_TRY(open_trainer(x, c->params, NULL, NULL, 0, err));
+        goto done;
+    }
+    LSA_TRY(share_floats(&c->params, x, err));
+    LSA_TRY(share_floats(&c->m, x, err));
+    LSA_TRY(share_floats(&c->v, x, err));
+    LSA_TRY(restore_state(x, &updates, c->state, x->lead ? c->dir : path, err));
+    LSA_TRY(open_trainer(x, c->params, c->m, c->v, updates, err));
+done:
+    return st;
+}
+
+lsa_status lsa_train_resume(const char *out, const char *device, lsa_comm *comm, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_recipe r;
-    run x = {.r = &r, .out = out};
+    run x = {.r = &r, .out = out, .comm = comm, .lead = lsa_comm_rank(comm) == 0};
     json_t *o = NULL;
     lsa_ckpt c = {0};
     char path[LSA_PATH_MAX];
     int lock = -1;
-    int64_t updates = 0;
     LSA_TRY(lsa_path(path, err, "%s/run.json", out));
-    if (!lsa_exists(path))
-        LSA_FAIL(LSA_E_IO, "'%s' is not a run: it has no run.json; start one with 'lsa-train run'", out);
-    LSA_TRY(lsa_json_load(&o, path, err));
+    if (x.lead) {
+        if (!lsa_exists(path))
+            LSA_FAIL(LSA_E_IO, "'%s' is not a run: it has no run.json; start one with 'lsa-train run'", out);
+        LSA_TRY(lsa_json_load(&o, path, err));
+        LSA_TRY(lsa_lock_dir(&lock, out, err));
+    }
+    LSA_TRY(share_json(&o, &x, path, err));
     LSA_TRY(lsa_json_str(&x.data, o, "data", path, err));
     x.init = json_string_value(json_object_get(o, "init"));
     LSA_TRY(
         lsa_recipe_from_json(&r, lsa_recipe_keys, lsa_recipe_n_key, json_object_get(o, "recipe"), path, err));
-    LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(open_run(&x, device, err));
-    LSA_TRY(lsa_ckpt_clean(out, r.keep, err)); /* a kill may have come before the save's own pruning */
-    LSA_TRY(lsa_path(path, err, "%s/ckpt/latest", out));
-    if (lsa_exists(path)) {
-        LSA_TRY(lsa_ckpt_load(&c, path, true, err));
-        LSA_TRY(restore_state(&x, &updates, c.state, c.dir, err));
-        LSA_TRY(open_trainer(&x, c.params, c.m, c.v, updates, err));
-    } else {
-        LSA_TRY(initial(&x, err));
-        LSA_TRY(open_trainer(&x, x.params, NULL, NULL, 0, err));
-    }
+    LSA_TRY(go_on(&x, &c, err));
     if (x.step >= r.steps || x.stopped) {
         lsa_info("'%s' is finished: nothing to resume", out);
         goto done;
     }
-    LSA_TRY(open_logs(&x, err));
+    if (x.lead) {
+        LSA_TRY(open_logs(&x, err));
+        LSA_TRY(lsa_saver_create(&x.saver, out, &x.g, r.keep, r.milestone_every, c.state ? x.step : -1, err));
+    }
     if (*r.trace) lsa_warn("train.trace: a resumed run writes no trace; traces are for short runs in one go");
     LSA_TRY(loop(&x, err));
 done:
@@ -476,7 +638,8 @@ done:
 }
 
 lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const char *data, bool val_only,
-                          const char *device, const char *const *set, int n_set, lsa_err *err) {
+                          const char *device, const char *const *set, int n_set, lsa_comm *comm,
+                          lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_ckpt c = {0};
     lsa_ctx *ctx = NULL;
@@ -493,9 +656,14 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     LSA_TRY(lsa_recipe_set(r, lsa_recipe_keys, lsa_recipe_n_key, set, n_set, err));
     LSA_TRY(lsa_recipe_check(r, err));
     if (!val_only) r->val_documents = 0;
+    LSA_TRY(lsa_comm_agree(comm, "the checkpoint",
+                           lsa_xxh64(c.params, (size_t)lsa_indexer_n_param(&c.geom) * sizeof *c.params),
+                           LSA_E_CONFIG, err));
     LSA_TRY(shards_info(&f, data, err));
     LSA_TRY(lsa_ctx_create(&ctx, device, err));
     LSA_TRY(lsa_source_open(&source, data, r, &c.geom, f.has_stats, err));
+    LSA_TRY(lsa_comm_agree(comm, "the content of the shard folder",
+                           lsa_shards_hash(lsa_source_shards(source)), LSA_E_CONFIG, err));
     const int64_t first = val_only ? lsa_source_n_train(source) : 0, last = lsa_source_n_doc(source);
     if (lsa_ctx_kind(ctx) == LSA_BACKEND_CUDA && r->precision != LSA_PRECISION_F32) {
         r->batch = 8; /* the training half of the step is not used */
@@ -503,8 +671,8 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
         LSA_TRY(lsa_resident_create(&gpu, ctx, source, NULL, r, &c.geom, c.params, NULL, NULL, 0, err));
         LSA_TRY(lsa_resident_evaluate(out, gpu, first, last, err));
     } else {
-        LSA_TRY(lsa_trainer_create(&t, ctx, r, &c.geom, c.params, NULL, NULL, 0, err));
-        LSA_TRY(lsa_evaluate(out, t, source, r, &c.geom, first, last, err));
+        LSA_TRY(lsa_trainer_create(&t, ctx, comm, 1, r, &c.geom, c.params, NULL, NULL, 0, err));
+        LSA_TRY(lsa_evaluate(out, t, comm, source, r, &c.geom, first, last, err));
     }
     if (out->row[0].n_window == 0)
         LSA_FAIL(LSA_E_CONFIG, "'%s': no document is longer than tail + tau tokens: nothing to evaluate",

@@ -3,14 +3,21 @@
 #include "trainer/step.h"
 
 #include <math.h>
+#include <omp.h>
 #include <string.h>
 
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "kernels/core/hash.h"
 #include "kernels/ops.h"
+#include "trainer/reduce.h"
 
 struct lsa_trainer {
     lsa_ctx *ctx;
+    lsa_comm *comm;     /* NULL: one rank */
+    lsa_reduce *reduce; /* NULL: one rank with one part, or a GPU */
+    int64_t n_part;     /* gradients formed apart */
+    bool sharded;       /* m and v hold this rank's slices only */
     const lsa_recipe *r;
     lsa_indexer_geom g;
     int64_t n_param;
@@ -25,7 +32,7 @@ struct lsa_trainer {
     int32_t *n_cand, *cand;
     float *y, *weight, *row_weight, *z, *dz, *dq, *dw, *du;
     double *row_loss, *norm;
-    double *host_loss;
+    double *host_loss, *part_loss; /* part_loss [n_part] */
 };
 
 double lsa_lr(const lsa_recipe *r, int64_t step) {
@@ -36,31 +43,57 @@ double lsa_lr(const lsa_recipe *r, int64_t step) {
     return r->min_lr + 0.5 * (r->lr - r->min_lr) * (1.0 + cos(3.14159265358979323846 * x));
 }
 
-lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, const lsa_recipe *r, const lsa_indexer_geom *g,
-                              const float *params, const float *m, const float *v, int64_t updates,
-                              lsa_err *err) {
+/* Moments from host memory: all, or this rank's slices. */
+static lsa_status upload_moments(lsa_trainer *t, float *to, const float *from, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const lsa_slice *s;
+    if (!from) goto done;
+    if (!t->sharded) {
+        LSA_TRY(lsa_ctx_upload(t->ctx, to, from, (size_t)t->n_param * sizeof *to, err));
+        goto done;
+    }
+    const int64_t n = lsa_reduce_slices(t->reduce, &s);
+    for (int64_t i = 0; i < n; i++)
+        LSA_TRY(lsa_ctx_upload(t->ctx, to + s[i].at, from + s[i].begin,
+                               (size_t)(s[i].end - s[i].begin) * sizeof *to, err));
+done:
+    return st;
+}
+
+lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, lsa_comm *comm, int64_t n_shard,
+                              const lsa_recipe *r, const lsa_indexer_geom *g, const float *params,
+                              const float *m, const float *v, int64_t updates, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_trainer *t = NULL;
     float freq[64];
+    const bool host = lsa_ctx_kind(ctx) != LSA_BACKEND_CUDA, many = comm && lsa_comm_size(comm) > 1;
     *out = NULL;
+    if (!host && many)
+        LSA_RET_FAIL(LSA_E_CONFIG, "several GPUs: not in this build; start one rank, or pass --device cpu");
     LSA_TRY(LSA_NEW(t, 1, err));
     t->ctx = ctx;
+    t->comm = comm;
     t->r = r;
     t->g = *g;
     t->updates = updates;
     t->n_param = lsa_indexer_n_param(g);
-    const size_t bytes = (size_t)t->n_param * sizeof(float);
+    t->n_part = host && comm ? n_shard : 1;
+    t->sharded = r->zero1 && many;
+    if (t->n_part > 1 || many)
+        LSA_TRY(lsa_reduce_create(&t->reduce, comm, g, (int)t->n_part, t->sharded, err));
+    const int64_t n_moment = t->sharded ? lsa_reduce_owned(t->reduce) : t->n_param;
     LSA_TRY(LSA_CTX_NEW(ctx, t->p, t->n_param, err));
     LSA_TRY(LSA_CTX_NEW(ctx, t->grad, t->n_param, err));
-    LSA_TRY(LSA_CTX_NEW(ctx, t->m, t->n_param, err));
-    LSA_TRY(LSA_CTX_NEW(ctx, t->v, t->n_param, err));
+    LSA_TRY(LSA_CTX_NEW(ctx, t->m, n_moment, err));
+    LSA_TRY(LSA_CTX_NEW(ctx, t->v, n_moment, err));
     LSA_TRY(LSA_CTX_NEW(ctx, t->norm, 1, err));
     LSA_TRY(LSA_CTX_NEW(ctx, t->freq, 64, err));
+    LSA_TRY(LSA_NEW(t->part_loss, t->n_part, err));
     lsa_rope_freqs(freq, &g->rope);
     LSA_TRY(lsa_ctx_upload(ctx, t->freq, freq, (size_t)(g->rope.dim / 2) * sizeof *freq, err));
-    LSA_TRY(lsa_ctx_upload(ctx, t->p, params, bytes, err));
-    if (m) LSA_TRY(lsa_ctx_upload(ctx, t->m, m, bytes, err));
-    if (v) LSA_TRY(lsa_ctx_upload(ctx, t->v, v, bytes, err));
+    LSA_TRY(lsa_ctx_upload(ctx, t->p, params, (size_t)t->n_param * sizeof *params, err));
+    LSA_TRY(upload_moments(t, t->m, m, err));
+    LSA_TRY(upload_moments(t, t->v, v, err));
     *out = t;
     t = NULL;
 done:
@@ -79,6 +112,8 @@ void lsa_trainer_destroy(lsa_trainer *t) {
                  t->dz,       t->dq,     t->dw,         t->du,   t->row_loss};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     lsa_free(t->host_loss);
+    lsa_free(t->part_loss);
+    lsa_reduce_destroy(t->reduce);
     lsa_free(t);
 }
 
@@ -90,10 +125,19 @@ lsa_status lsa_trainer_get(lsa_trainer *t, float *params, float *m, float *v, ls
     lsa_status st = LSA_OK;
     const size_t bytes = (size_t)t->n_param * sizeof(float);
     if (params) LSA_TRY(lsa_ctx_download(t->ctx, params, t->p, bytes, err));
+    if (t->sharded) {
+        LSA_TRY(lsa_reduce_collect(t->reduce, t->m, m, err));
+        LSA_TRY(lsa_reduce_collect(t->reduce, t->v, v, err));
+        goto done;
+    }
     if (m) LSA_TRY(lsa_ctx_download(t->ctx, m, t->m, bytes, err));
     if (v) LSA_TRY(lsa_ctx_download(t->ctx, v, t->v, bytes, err));
 done:
     return st;
+}
+
+uint64_t lsa_trainer_hash(const lsa_trainer *t) {
+    return lsa_xxh64(t->p, (size_t)t->n_param * sizeof *t->p);
 }
 
 lsa_status lsa_trainer_grad(lsa_trainer *t, float *grad, lsa_err *err) {
@@ -167,8 +211,48 @@ done:
     return st;
 }
 
+/* The activations from row i on. */
+static lsa_indexer_act act_at(const lsa_trainer *t, int32_t l, int64_t i) {
+    const lsa_indexer_act *a = &t->act[l];
+    const int64_t r = t->g.rank, H = t->g.n_head;
+    return (lsa_indexer_act){a->a + i * r, a->rstd + i, a->u + i * r, a->q + i * H * 128, a->w + i * H};
+}
+
+static lsa_status query_rows(lsa_trainer *t, int32_t l, int64_t i, int64_t m, lsa_err *err) {
+    const lsa_indexer_act act = act_at(t, l, i);
+    return lsa_indexer_query(t->ctx, &t->g, t->p, l, m, t->x[l] + i * t->g.hidden, t->position + i, t->freq,
+                             &act, err);
+}
+
+/* Work on one part of a batch of m rows a part. */
+typedef lsa_status (*part_fn)(lsa_trainer *t, int32_t l, int64_t p, int64_t m, lsa_err *err);
+
+/* NUMERIC: part by part, because a matrix product may round a row differently among other rows. With enough
+ * parts for the threads, parts run at the same time; else the threads work inside each. */
+static lsa_status each_part(lsa_trainer *t, int32_t l, int64_t m, part_fn f, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const bool apart = t->n_part > 1 && 2 * t->n_part > omp_get_max_threads();
+#pragma omp parallel for schedule(dynamic, 1) if (apart)
+    for (int64_t p = 0; p < t->n_part; p++) {
+        lsa_err why = {0};
+        const lsa_status got = f(t, l, p, m, &why);
+        if (got != LSA_OK) {
+#pragma omp critical
+            {
+                st = got;
+                if (err && err->code == LSA_OK) *err = why;
+            }
+        }
+    }
+    return st;
+}
+
+static lsa_status query_part(lsa_trainer *t, int32_t l, int64_t p, int64_t m, lsa_err *err) {
+    return query_rows(t, l, p * m, m, err);
+}
+
 static lsa_status query(lsa_trainer *t, const lsa_batch *b, int32_t l, lsa_err *err) {
-    return lsa_indexer_query(t->ctx, &t->g, t->p, l, b->m, t->x[l], t->position, t->freq, &t->act[l], err);
+    return each_part(t, l, b->m / t->n_part, query_part, err);
 }
 
 static lsa_status score(lsa_trainer *t, const lsa_batch *b, int32_t l, bool accumulate, lsa_err *err) {
@@ -181,19 +265,36 @@ static lsa_status score(lsa_trainer *t, const lsa_batch *b, int32_t l, bool accu
 }
 
 /* What pointwise losses are divided by. */
-static double elements(const lsa_recipe *r, const lsa_batch *b) {
-    return fmax(1.0, r->balance ? (1.0 + r->neg_ratio) * (double)b->n_balanced : (double)b->n_elem);
+static double elements(const lsa_recipe *r, const lsa_batch_counts *n) {
+    return fmax(1.0, r->balance ? (1.0 + r->neg_ratio) * (double)n->n_balanced : (double)n->n_elem);
 }
 
-/* Loss of t->z into t->dz; adds the rows' losses to *loss. */
-static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *sum, lsa_err *err) {
+/* Counts of the batches of all ranks, added in the order of the virtual shards. */
+static lsa_status all_counts(lsa_batch_counts *out, lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_batch_counts *all = NULL;
+    *out = b->count;
+    if (!t->comm || lsa_comm_size(t->comm) == 1) return LSA_OK;
+    const int64_t n = lsa_comm_size(t->comm) * b->n_shard;
+    LSA_TRY(LSA_NEW(all, n, err));
+    LSA_TRY(lsa_comm_all_gather(t->comm, b->shard, all, b->n_shard * (int64_t)sizeof *all, err));
+    *out = (lsa_batch_counts){0};
+    for (int64_t i = 0; i < n; i++) lsa_batch_counts_add(out, &all[i]);
+done:
+    lsa_free(all);
+    return st;
+}
+
+/* Loss of t->z into t->dz; adds the rows' losses to their parts'. n: counts of the whole step. */
+static lsa_status loss(lsa_trainer *t, const lsa_batch *b, const lsa_batch_counts *n, double part,
+                       lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_recipe *r = t->r;
     switch (r->loss) {
     case LSA_LOSS_KL:
         LSA_TRY(lsa_loss_kl(
             t->ctx,
-            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (b->row_weights > 0 ? b->row_weights : 1.0)), t->z,
+            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (n->row_weights > 0 ? n->row_weights : 1.0)), t->z,
                                 t->y, r->by_mass ? t->row_weight : NULL, t->n_cand, t->dz, t->row_loss},
             err));
         break;
@@ -202,7 +303,7 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
         LSA_TRY(lsa_loss_pointwise(t->ctx,
                                    &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL,
                                                               (float)r->smoothing,
-                                                              (float)(part / elements(r, b)), t->z, t->y,
+                                                              (float)(part / elements(r, n)), t->z, t->y,
                                                               t->weight, t->n_cand, t->dz, t->row_loss},
                                    err));
         break;
@@ -210,14 +311,25 @@ static lsa_status loss(lsa_trainer *t, const lsa_batch *b, double part, double *
         LSA_TRY(lsa_loss_pairwise(t->ctx,
                                   &(lsa_loss_pairwise_args){b->m, b->n, r->loss == LSA_LOSS_MARGIN,
                                                             (float)r->margin,
-                                                            (float)(part / (double)lsa_max_i64(1, b->n_pair)),
+                                                            (float)(part / (double)lsa_max_i64(1, n->n_pair)),
                                                             t->z, t->y, t->n_cand, t->dz, t->row_loss},
                                   err));
     }
     LSA_TRY(lsa_ctx_download(t->ctx, t->host_loss, t->row_loss, (size_t)b->m * sizeof *t->host_loss, err));
-    for (int64_t i = 0; i < b->m; i++) *sum += t->host_loss[i];
+    for (int64_t i = 0; i < b->m; i++) t->part_loss[i / (b->m / t->n_part)] += t->host_loss[i];
 done:
     return st;
+}
+
+/* The weight gradient of one part, into its buffer. */
+static lsa_status backward_part(lsa_trainer *t, int32_t l, int64_t p, int64_t m, lsa_err *err) {
+    const lsa_indexer_act act = act_at(t, l, p * m);
+    lsa_indexer_geom one = t->g; /* of this layer alone: the buffer begins with its parameters */
+    one.n_layer = 1;
+    return lsa_indexer_query_bwd(t->ctx, &one, t->p + lsa_indexer_tensor_at(&t->g, l, LSA_WQ_A).offset,
+                                 lsa_reduce_part(t->reduce, (int)p), 0, m, t->x[l] + p * m * t->g.hidden,
+                                 t->position + p * m, t->freq, &act, t->dq + p * m * t->g.n_head * 128,
+                                 t->dw + p * m * t->g.n_head, t->du + p * m * t->g.rank, false, err);
 }
 
 static lsa_status backward(lsa_trainer *t, const lsa_batch *b, int32_t l, lsa_err *err) {
@@ -228,26 +340,62 @@ static lsa_status backward(lsa_trainer *t, const lsa_batch *b, int32_t l, lsa_er
                                                                 t->key_base, b->has_cand ? t->cand : NULL,
                                                                 t->n_cand, t->dz, t->dq, t->dw},
                                   err));
-    LSA_TRY(lsa_indexer_query_bwd(t->ctx, &t->g, t->p, t->grad, l, b->m, t->x[l], t->position, t->freq,
-                                  &t->act[l], t->dq, t->dw, t->du, false, err));
+    if (t->comm) lsa_comm_tick(t->comm, "training");
+    if (t->reduce) {
+        LSA_TRY(each_part(t, l, b->m / t->n_part, backward_part, err));
+        LSA_TRY(lsa_reduce_layer(t->reduce, l, t->grad, err));
+    } else {
+        LSA_TRY(lsa_indexer_query_bwd(t->ctx, &t->g, t->p, t->grad, l, b->m, t->x[l], t->position, t->freq,
+                                      &t->act[l], t->dq, t->dw, t->du, false, err));
+    }
 done:
     return st;
 }
 
+/* AdamW on elements [begin, end) of a tensor of this part; their moments begin at `at`. */
+static lsa_status update_range(lsa_trainer *t, lsa_indexer_part part, int64_t begin, int64_t end, int64_t at,
+                               double lr, double scale, lsa_err *err) {
+    const lsa_recipe *r = t->r;
+    const double wd = part == LSA_Q_NORM && !r->decay_norm ? 0.0 : r->weight_decay;
+    return lsa_adamw(t->ctx,
+                     &(lsa_adamw_args){end - begin, t->updates, (float)lr, (float)r->beta1, (float)r->beta2,
+                                       (float)r->eps, (float)wd, (float)scale, t->grad + begin, t->p + begin,
+                                       t->m + at, t->v + at},
+                     err);
+}
+
 static lsa_status update(lsa_trainer *t, double lr, double scale, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const lsa_recipe *r = t->r;
+    const lsa_slice whole = {0, t->n_param, 0}, *slice = &whole;
+    const int64_t n = t->sharded ? lsa_reduce_slices(t->reduce, &slice) : 1;
     t->updates++;
-    for (int32_t l = 0; l < t->g.n_layer; l++)
-        for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
-            const lsa_indexer_tensor x = lsa_indexer_tensor_at(&t->g, l, (lsa_indexer_part)p);
-            const double wd = p == LSA_Q_NORM && !r->decay_norm ? 0.0 : r->weight_decay;
-            LSA_TRY(lsa_adamw(t->ctx,
-                              &(lsa_adamw_args){x.n, t->updates, (float)lr, (float)r->beta1, (float)r->beta2,
-                                                (float)r->eps, (float)wd, (float)scale, t->grad + x.offset,
-                                                t->p + x.offset, t->m + x.offset, t->v + x.offset},
-                              err));
-        }
+    for (int64_t i = 0; i < n; i++)
+        for (int32_t l = 0; l < t->g.n_layer; l++)
+            for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
+                const lsa_indexer_tensor x = lsa_indexer_tensor_at(&t->g, l, (lsa_indexer_part)p);
+                const int64_t begin = lsa_max_i64(slice[i].begin, x.offset),
+                              end = lsa_min_i64(slice[i].end, x.offset + x.n);
+                if (begin < end)
+                    LSA_TRY(update_range(t, (lsa_indexer_part)p, begin, end,
+                                         slice[i].at + begin - slice[i].begin, lr, scale, err));
+            }
+    if (t->sharded) LSA_TRY(lsa_reduce_share(t->reduce, t->p, err));
+done:
+    return st;
+}
+
+/* Loss and gradient norm over all parts of all ranks. */
+static lsa_status totals(lsa_step_result *out, lsa_trainer *t, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    double norm2 = 0;
+    if (t->reduce) {
+        LSA_TRY(lsa_reduce_totals(&norm2, &out->loss, t->reduce, t->grad, t->part_loss, err));
+    } else {
+        out->loss = t->part_loss[0];
+        LSA_TRY(lsa_sumsq(t->ctx, &(lsa_sumsq_args){t->n_param, t->grad, t->norm}, err));
+        LSA_TRY(lsa_ctx_download(t->ctx, &norm2, t->norm, sizeof norm2, err));
+    }
+    out->grad_norm = sqrt(norm2);
 done:
     return st;
 }
@@ -256,8 +404,10 @@ lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batc
                             lsa_err *err) {
     lsa_status st = LSA_OK;
     const int32_t L = t->g.n_layer;
-    double norm2 = 0;
+    lsa_batch_counts n;
     *out = (lsa_step_result){.lr = lsa_lr(t->r, step)};
+    memset(t->part_loss, 0, (size_t)t->n_part * sizeof *t->part_loss);
+    LSA_TRY(all_counts(&n, t, b, err));
     LSA_TRY(upload_queries(t, b, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->y, b->y, (size_t)(b->m * b->n) * sizeof *b->y, err));
     if (t->r->loss == LSA_LOSS_KL && t->r->by_mass)
@@ -266,20 +416,19 @@ lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batc
     if (t->r->loss != LSA_LOSS_KL)
         LSA_TRY(lsa_ctx_upload(t->ctx, t->weight, b->weight, (size_t)(b->m * b->n) * sizeof *b->weight, err));
     for (int32_t l = 0; l < L; l++) LSA_TRY(query(t, b, l, err));
+    if (t->comm) lsa_comm_tick(t->comm, "training");
     if (t->r->ensemble == LSA_ON_SUM) {
         for (int32_t l = 0; l < L; l++) LSA_TRY(score(t, b, l, l > 0, err));
-        LSA_TRY(loss(t, b, 1.0, &out->loss, err));
+        LSA_TRY(loss(t, b, &n, 1.0, err));
         for (int32_t l = 0; l < L; l++) LSA_TRY(backward(t, b, l, err));
     } else {
         for (int32_t l = 0; l < L; l++) {
             LSA_TRY(score(t, b, l, false, err));
-            LSA_TRY(loss(t, b, 1.0 / L, &out->loss, err));
+            LSA_TRY(loss(t, b, &n, 1.0 / L, err));
             LSA_TRY(backward(t, b, l, err));
         }
     }
-    LSA_TRY(lsa_sumsq(t->ctx, &(lsa_sumsq_args){t->n_param, t->grad, t->norm}, err));
-    LSA_TRY(lsa_ctx_download(t->ctx, &norm2, t->norm, sizeof norm2, err));
-    out->grad_norm = sqrt(norm2);
+    LSA_TRY(totals(out, t, err));
     out->skipped = !isfinite(out->loss) || !isfinite(out->grad_norm);
     if (out->skipped) goto done;
     const double scale =
@@ -293,7 +442,7 @@ lsa_status lsa_trainer_score(lsa_trainer *t, const lsa_batch *b, float *z, lsa_e
     lsa_status st = LSA_OK;
     LSA_TRY(upload_queries(t, b, err));
     for (int32_t l = 0; l < t->g.n_layer; l++) {
-        LSA_TRY(query(t, b, l, err));
+        LSA_TRY(query_rows(t, l, 0, b->m, err));
         LSA_TRY(score(t, b, l, false, err));
         LSA_TRY(lsa_ctx_download(t->ctx, z + l * b->m * b->n, t->z, (size_t)(b->m * b->n) * sizeof *z, err));
     }

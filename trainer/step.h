@@ -3,20 +3,28 @@
 #ifndef LSA_TRAINER_STEP_H
 #define LSA_TRAINER_STEP_H
 
+#include "kernels/comm/comm.h"
 #include "kernels/ctx.h"
 #include "kernels/model/indexer.h"
 #include "trainer/batch.h"
 
 typedef struct lsa_trainer lsa_trainer; /* parameters, gradients, moments and work arrays in backend memory */
 
-/* params, and m and v unless NULL (then zeros): host, flat. */
-LSA_NODISCARD lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, const lsa_recipe *r,
-                                            const lsa_indexer_geom *g, const float *params, const float *m,
-                                            const float *v, int64_t updates, lsa_err *err);
+/* params, and m and v unless NULL (then zeros): host, flat. comm: borrowed, NULL for one rank. n_shard:
+ * virtual shards of this rank, whose gradients are formed apart and added in a fixed order (reduce.h); on a
+ * GPU one rank adds them up at once. */
+LSA_NODISCARD lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, lsa_comm *comm, int64_t n_shard,
+                                            const lsa_recipe *r, const lsa_indexer_geom *g,
+                                            const float *params, const float *m, const float *v,
+                                            int64_t updates, lsa_err *err);
 int64_t lsa_trainer_updates(const lsa_trainer *t); /* updates made so far: AdamW's t, without skipped steps */
 void lsa_trainer_destroy(lsa_trainer *t);
-/* Host copies, flat; any may be NULL. */
+/* Host copies, flat; any may be NULL. With optim.zero1 and several ranks m and v are collective: all ranks
+ * call, rank 0 receives. */
 LSA_NODISCARD lsa_status lsa_trainer_get(lsa_trainer *t, float *params, float *m, float *v, lsa_err *err);
+
+/* XXH64 of the parameters; host backends. */
+uint64_t lsa_trainer_hash(const lsa_trainer *t);
 
 /* The last step's gradient, host, flat. */
 LSA_NODISCARD lsa_status lsa_trainer_grad(lsa_trainer *t, float *grad, lsa_err *err);
@@ -25,7 +33,8 @@ typedef struct lsa_step_result {
     double loss, grad_norm, lr;
     bool skipped; /* loss or norm not finite: nothing was updated */
 } lsa_step_result;
-/* step counts from 0; it sets the learning rate. */
+/* step counts from 0; it sets the learning rate. b: this rank's rows. Collective; the result is the same on
+ * every rank. */
 LSA_NODISCARD lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batch *b,
                                           int64_t step, lsa_err *err);
 

@@ -61,7 +61,7 @@ lsa_status lsa_idx_host_query(lsa_idx *x, int32_t layer, int32_t m, const uint16
         goto done;
     }
     LSA_TRY(lsa_indexer_query_raw(s->ctx, &s->geom, s->params, layer, m, h->x, &act, err));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (m > 1)
     for (int32_t i = 0; i < m; i++) {
         float *q = query_at(x, layer, i);
         lsa_query_path_row(s->path, &s->geom, s->freq, position[i], q, NULL, q, NULL, NULL);

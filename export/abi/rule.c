@@ -5,118 +5,31 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-
-#define FORMAT "lsa-calibration/1"
-
-static lsa_status number_in(double *out, const json_t *v, const char *what, const char *where, lsa_err *err) {
-    *out = json_number_value(v);
-    if (!json_is_number(v) || !isfinite((float)*out))
-        LSA_RET_FAIL(LSA_E_FORMAT, "%s: calibration: %s must be a finite number", where, what);
-    return LSA_OK;
-}
-
-static lsa_status read_layers(lsa_idx_export *e, const lsa_indexer_geom *g, const json_t *o,
-                              const char *where, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    json_t *a;
-    LSA_TRY(lsa_json_array(&a, o, "layers", where, err));
-    if ((int64_t)json_array_size(a) != g->n_layer)
-        LSA_FAIL(LSA_E_FORMAT, "%s: calibration of %zu layers, the indexer has %d", where, json_array_size(a),
-                 g->n_layer);
-    for (int32_t l = 0; l < g->n_layer; l++) {
-        const json_t *v = json_array_get(a, (size_t)l);
-        int64_t ord;
-        double t, b;
-        LSA_TRY(lsa_json_i64(&ord, v, "ordinal", where, err));
-        LSA_TRY(number_in(&t, json_object_get(v, "temperature"), "temperature", where, err));
-        LSA_TRY(number_in(&b, json_object_get(v, "offset"), "offset", where, err));
-        if (ord != g->ord[l].v || !((float)t > 0))
-            LSA_FAIL(LSA_E_FORMAT,
-                     "%s: calibration: layer %d: ordinal %lld (expected %d), temperature %g (expected > 0)",
-                     where, l, (long long)ord, g->ord[l].v, t);
-        e->temperature[l] = (float)t;
-        e->offset[l] = (float)b;
-    }
-done:
-    return st;
-}
-
-static lsa_status read_knots(lsa_idx_export *e, const json_t *o, const char *where, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    json_t *a;
-    LSA_TRY(lsa_json_array(&a, o, "knots", where, err));
-    const size_t n = json_array_size(a);
-    if (n < 1 || n > LSA_SELECT_KNOTS)
-        LSA_FAIL(LSA_E_FORMAT, "%s: calibration: 1 to %d knots expected, found %zu", where, LSA_SELECT_KNOTS,
-                 n);
-    e->n_knot = (int32_t)n;
-    for (size_t k = 0; k < n; k++) {
-        const json_t *v = json_array_get(a, k);
-        e->knot[k] = json_integer_value(v);
-        if (!json_is_integer(v) || e->knot[k] <= (k ? e->knot[k - 1] : 0))
-            LSA_FAIL(LSA_E_FORMAT, "%s: calibration: knots must be ascending positive integers", where);
-    }
-done:
-    return st;
-}
-
-static lsa_status read_budgets(lsa_idx_export *e, int s, const json_t *o, const char *where, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    json_t *a;
-    double x;
-    LSA_TRY(lsa_json_array(&a, o, "budget", where, err));
-    const size_t n = json_array_size(a);
-    if (n < 1 || n > LSA_IDX_TARGETS)
-        LSA_FAIL(LSA_E_FORMAT, "%s: calibration: 1 to %d budgets expected, found %zu", where, LSA_IDX_TARGETS,
-                 n);
-    e->n_target[s] = (int32_t)n;
-    for (size_t i = 0; i < n; i++) {
-        const json_t *v = json_array_get(a, i);
-        json_t *t;
-        LSA_TRY(number_in(&x, json_object_get(v, "target"), "target", where, err));
-        e->target[s][i] = x;
-        if (!(x > (i ? e->target[s][i - 1] : 0)) || x > 1)
-            LSA_FAIL(LSA_E_FORMAT, "%s: calibration: budgets must ascend in (0, 1], found %g", where, x);
-        LSA_TRY(lsa_json_array(&t, v, "threshold", where, err));
-        if ((int64_t)json_array_size(t) != e->n_knot)
-            LSA_FAIL(LSA_E_FORMAT, "%s: calibration: %zu thresholds for %d knots", where, json_array_size(t),
-                     e->n_knot);
-        for (int32_t k = 0; k < e->n_knot; k++) {
-            LSA_TRY(number_in(&x, json_array_get(t, (size_t)k), "threshold", where, err));
-            e->threshold[s][i][k] = (float)x;
-        }
-    }
-done:
-    return st;
-}
 
 lsa_status lsa_idx_export_read(lsa_idx_export *e, const lsa_indexer_file *f, const char *where,
                                lsa_err *err) {
     lsa_status st = LSA_OK;
-    const json_t *o = f->calibration;
-    const char *format;
-    json_t *all;
+    lsa_calibration *c = NULL;
     memset(e, 0, sizeof *e);
     e->n_layer = f->geom.n_layer;
     e->ensemble = f->ensemble;
     e->tail = f->tail;
     for (int32_t l = 0; l < LSA_MAX_CSA; l++) e->temperature[l] = 1.0f;
-    if (!o) goto done;
-    LSA_TRY(lsa_json_str(&format, o, "format", where, err));
-    if (strcmp(format, FORMAT))
-        LSA_FAIL(LSA_E_FORMAT, "%s: calibration format is '%.40s', this library reads %s", where, format,
-                 FORMAT);
-    LSA_TRY(read_layers(e, &f->geom, o, where, err));
-    LSA_TRY(read_knots(e, o, where, err));
-    LSA_TRY(lsa_json_object(&all, o, "ensembles", where, err));
-    for (int s = 0; s < 3; s++) {
-        json_t *one;
-        LSA_TRY(lsa_json_object(&one, all, lsa_ensemble_name((lsa_ensemble)s), where, err));
-        LSA_TRY(read_budgets(e, s, one, where, err));
-    }
+    if (!f->calibration) goto done;
+    LSA_TRY(LSA_NEW(c, 1, err));
+    LSA_TRY(lsa_calibration_from_json(c, f->calibration, f->geom.ord, f->geom.n_layer, where, err));
+    memcpy(e->temperature, c->temperature, (size_t)e->n_layer * sizeof *e->temperature);
+    memcpy(e->offset, c->offset, (size_t)e->n_layer * sizeof *e->offset);
+    e->n_knot = c->n_knot;
+    memcpy(e->knot, c->knot, sizeof e->knot);
+    for (int s = 0; s < LSA_CALIB_SCORES; s++)
+        for (int i = 0; i < LSA_CALIB_BUDGETS; i++)
+            memcpy(e->threshold[s][i], c->entry[s][i].threshold, sizeof e->threshold[s][i]);
     e->calibrated = true;
 done:
+    lsa_free(c);
     return st;
 }
 
@@ -127,9 +40,9 @@ static lsa_status calibrated_threshold(lsa_select_rule *r, const lsa_idx_export 
         LSA_RET_FAIL(
             LSA_E_CONFIG,
             "this export is not calibrated: run 'lsa-export calibrate' on it, give a threshold, or choose by budget or count");
-    const int32_t n = e->n_target[s];
-    const double *t = e->target[s];
-    const double slack = 1e-9; /* 0.1 + 0.2 is still 0.3 */
+    enum { n = LSA_CALIB_BUDGETS };
+    const double *t = lsa_calib_target; /* the budgets come first */
+    const double slack = 1e-9;          /* 0.1 + 0.2 is still 0.3 */
     if (!(budget >= t[0] - slack && budget <= t[n - 1] + slack))
         LSA_RET_FAIL(LSA_E_CONFIG, "budget %g is outside the calibrated range %g to %g of ensemble %s",
                      budget, t[0], t[n - 1], lsa_ensemble_name((lsa_ensemble)s));

@@ -1,15 +1,14 @@
 /* From a caller's rule to the one that selects: the export's ensemble, tail and calibrated thresholds filled
- * in. Calibration format: export/EXPORT_FORMAT.md. Pure, thread-safe. */
+ * in. Pure, thread-safe. */
 #ifndef LSA_EXPORT_ABI_RULE_H
 #define LSA_EXPORT_ABI_RULE_H
 
 #include <stdbool.h>
 
+#include "data/calibration.h"
 #include "data/indexer_file.h"
 #include "export/abi/lsa_indexer.h"
 #include "kernels/model/select.h"
-
-enum { LSA_IDX_TARGETS = 16 };
 
 /* What an export says about selection. */
 typedef struct lsa_idx_export {
@@ -18,10 +17,10 @@ typedef struct lsa_idx_export {
     int64_t tail; /* tokens */
     bool calibrated;
     float temperature[LSA_MAX_CSA], offset[LSA_MAX_CSA]; /* 1 and 0 unless calibrated */
-    int32_t n_knot, n_target[3];                         /* by lsa_ensemble */
+    int32_t n_knot;
     int64_t knot[LSA_SELECT_KNOTS];
-    double target[3][LSA_IDX_TARGETS]; /* ascending budgets */
-    float threshold[3][LSA_IDX_TARGETS][LSA_SELECT_KNOTS];
+    float threshold[LSA_CALIB_SCORES][LSA_CALIB_BUDGETS]
+                   [LSA_SELECT_KNOTS]; /* at lsa_calib_target's budgets */
 } lsa_idx_export;
 
 /* LSA_E_FORMAT names what is wrong with the calibration of `f`, which `where` holds. */

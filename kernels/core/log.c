@@ -110,7 +110,8 @@ void lsa_stop_install(void) {
     a.sa_handler = on_signal;
     sigaction(SIGINT, &a, NULL);
     sigaction(SIGTERM, &a, NULL);
-    signal(SIGXFSZ, SIG_IGN); /* a file-size limit must arrive as EFBIG, not as death */
+    sigaction(SIGUSR1, &a, NULL); /* which mpirun hands on to its ranks */
+    signal(SIGXFSZ, SIG_IGN);     /* a file-size limit must arrive as EFBIG, not as death */
     signal(SIGPIPE, SIG_IGN);
 }
 

@@ -30,7 +30,7 @@ void lsa_progress_end(lsa_progress *p);
 /* Prints "<program>: error: <message>" and returns the exit code. */
 int lsa_report_error(const char *program, const lsa_err *err);
 
-/* SIGINT/SIGTERM set a flag that long loops read; a second signal exits at once. */
+/* SIGINT, SIGTERM and SIGUSR1 set a flag that long loops read; a second signal exits at once. */
 void lsa_stop_install(void);
 bool lsa_stop_requested(void);
 

@@ -7,5 +7,5 @@ const char *lsa_version(void) {
 
 const char *lsa_version_text(void) {
     return "lsa " LSA_VERSION "\ncommit   " LSA_COMMIT "\nCUDA     " LSA_FEATURE_CUDA
-           "\nOpenBLAS " LSA_FEATURE_BLAS "\nHDF5     " LSA_FEATURE_HDF5;
+           "\nOpenBLAS " LSA_FEATURE_BLAS "\nHDF5     " LSA_FEATURE_HDF5 "\nMPI      " LSA_FEATURE_MPI;
 }

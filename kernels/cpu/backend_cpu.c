@@ -18,7 +18,7 @@ enum { ROWS_PER_BLOCK = 32, BLOCK = 65536 };
 static lsa_status gemm(lsa_ctx *c, const lsa_gemm_args *a, lsa_err *err) {
     (void)c, (void)err;
     const int64_t nb = lsa_ceil_div(a->m, ROWS_PER_BLOCK);
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 1) if (nb > 1)
     for (int64_t b = 0; b < nb; b++) {
         const int64_t i = b * ROWS_PER_BLOCK, m = lsa_min_i64(ROWS_PER_BLOCK, a->m - i);
         float *o = a->c + i * a->n;
@@ -48,7 +48,8 @@ static lsa_status gemm(lsa_ctx *c, const lsa_gemm_args *a, lsa_err *err) {
 #define ROWS(op, call)                                                                                       \
     static lsa_status op(lsa_ctx *c, const lsa_##op##_args *a, lsa_err *err) {                               \
         (void)c, (void)err;                                                                                  \
-        _Pragma("omp parallel for schedule(dynamic, 4)") for (int64_t i = 0; i < a->m; i++) call(a, i);      \
+        _Pragma("omp parallel for schedule(dynamic, 4) if (a->m > 1)") for (int64_t i = 0; i < a->m; i++)    \
+            call(a, i);                                                                                      \
         return LSA_OK;                                                                                       \
     }
 ROWS(rmsnorm_fwd, lsa_row_rmsnorm_fwd)

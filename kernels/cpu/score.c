@@ -94,7 +94,8 @@ lsa_status lsa_cpu_score_bwd(const lsa_indexer_score_bwd_args *a, lsa_err *err) 
     EACH_QUERY(a, bwd_query);
 }
 
-/* Always a whole tile, zeros after the last chunk: a product of fewer rows may add in another order. */
+/* Always a whole tile, whose rows behind the last chunk are left from another: a product of fewer rows may
+ * add in another order. */
 void lsa_cpu_score_cache(float *z, int32_t n_head, const float *q, const float *w, const uint8_t *data,
                          const int32_t *page, int64_t n, lsa_score_work *work, int n_work) {
     enum { PAGE = 64 };
@@ -112,7 +113,6 @@ void lsa_cpu_score_cache(float *z, int32_t n_head, const float *q, const float *
                           *base = page ? data + (int64_t)page[c / PAGE] * LSA_CACHE_PAGE_BYTES : NULL;
             decode_key(s->key + j * D, page ? base + e * D : row, page ? base + PAGE * D + 4 * e : row + D);
         }
-        memset(s->key + nc * D, 0, (size_t)((TILE - nc) * D) * sizeof *s->key);
         lsa_gemm_nt(TILE, n_head, D, 1.0f, s->key, D, q, D, 0.0f, s->p, n_head);
         for (int64_t j = 0; j < nc; j++) z[c0 + j] = head_sum(w, s->p + j * n_head, n_head);
     }

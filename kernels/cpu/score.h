@@ -8,7 +8,7 @@
 LSA_NODISCARD lsa_status lsa_cpu_score_fwd(const lsa_indexer_score_fwd_args *a, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_cpu_score_bwd(const lsa_indexer_score_bwd_args *a, lsa_err *err);
 
-/* Work memory of one thread, 256 KiB. */
+/* Work memory of one thread, 256 KiB, zeroed before its first use. */
 typedef struct lsa_score_work {
     float key[256 * 128], p[256 * 128];
 } lsa_score_work;

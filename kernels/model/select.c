@@ -101,7 +101,7 @@ static float threshold_at(const lsa_select_rule *r, int64_t n) {
  * (no product is added to anything). */
 static void scores(float *restrict score, const lsa_select_rule *r, const float *restrict logit,
                    int64_t stride, int64_t n) {
-    memset(score, 0, (size_t)n * sizeof *score);
+    if (n > 0) memset(score, 0, (size_t)n * sizeof *score);
     for (int32_t l = 0; l < r->n_layer; l++) {
         const float *restrict z = logit + l * stride, scale = r->temperature[l], offset = r->offset[l];
         if (r->score == LSA_SCORE_SUM) {

@@ -1,6 +1,6 @@
-/* Speed of the serving kernels: one layer, 262,144 chunks (1 M tokens), 128 heads, rank 2048, inside a CUDA
- * graph, keys in pages and rotated through pools larger than the L2 cache. One JSON line a case; floors: key
- * bytes (132 a chunk) over the copy rate measured in the same run. Skipped (77) without a GPU. */
+/* Speed of the server ABI on a GPU: one layer, 262,144 chunks (1 M tokens), 128 heads, rank 2048, inside a
+ * CUDA graph, keys in pages and rotated through pools larger than the L2 cache. One JSON line a case; floors:
+ * key bytes (132 a chunk) over the copy rate measured in the same run. Skipped (77) without a GPU. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -16,16 +16,24 @@ int main(void) {
 
 #include "kernels/core/dtype.h"
 #include "kernels/core/hash.h"
-#include "kernels/model/gpu_retrieve.h"
+#include "data/indexer_file.h"
+#include "export/abi/lsa_indexer.h"
+#include "kernels/core/file.h"
 #include "tests/testkit/gen.h"
 
 enum { CHUNKS = 262144, PAGES = CHUNKS / 64, POOLS = 4, IN_GRAPH = 8, REPEATS = 21, BATCH = 16, HEADS = 128 };
 #define POOL_BYTES ((size_t)PAGES * 8448)
 
 static lsa_err err;
+static char text[LSA_IDX_ERROR];
 static void ok(lsa_status st) {
     if (st == LSA_OK) return;
     fprintf(stderr, "%s\n", err.msg);
+    exit(1);
+}
+static void idx(int code) {
+    if (code == LSA_IDX_OK) return;
+    fprintf(stderr, "%s\n", text);
     exit(1);
 }
 static void cu(cudaError_t e) {
@@ -46,9 +54,9 @@ static int ascending(const void *a, const void *b) {
 
 typedef struct bench {
     cudaStream_t s;
-    lsa_gpu_retriever *x;
+    lsa_idx *x;
     uint8_t *pool[BATCH];
-    lsa_gpu_keys *keys;    /* device [BATCH], each with its pool */
+    lsa_idx_keys *keys;    /* device [BATCH], each with its pool */
     uint16_t *hidden;      /* device [BATCH, d] */
     int64_t *position, *n; /* device [BATCH] */
     float *logit;          /* device [BATCH, CHUNKS] */
@@ -56,27 +64,26 @@ typedef struct bench {
     double copy_rate;
 } bench;
 
-static void one(bench *b, int what, int i, const lsa_select_rule *rule) {
+static void one(bench *b, int what, int i, const lsa_idx_rule *rule) {
     float *const z = b->logit + (int64_t)(i % POOLS) * CHUNKS;
     if (what == 2) { /* a batch */
-        ok(lsa_gpu_retriever_score(b->x, 0, BATCH, b->keys, b->logit, CHUNKS, b->s, &err));
+        idx(lsa_idx_score(b->x, 0, BATCH, b->keys, b->logit, CHUNKS, b->s, text));
         return;
     }
     if (what == 3) {
-        ok(lsa_gpu_retriever_query(b->x, 0, 1, b->hidden, b->position, b->s, &err));
+        idx(lsa_idx_query(b->x, 0, 1, b->hidden, b->position, b->s, text));
         return;
     }
     if (what == 4) {
-        ok(lsa_gpu_retriever_query(b->x, 0, BATCH, b->hidden, b->position, b->s, &err));
+        idx(lsa_idx_query(b->x, 0, BATCH, b->hidden, b->position, b->s, text));
         return;
     }
-    ok(lsa_gpu_retriever_score(b->x, 0, 1, b->keys + i % POOLS, z, CHUNKS, b->s, &err));
-    if (rule)
-        ok(lsa_gpu_retriever_select(b->x, 1, rule, z, CHUNKS, b->n, b->out, CHUNKS, b->n_out, b->s, &err));
+    idx(lsa_idx_score(b->x, 0, 1, b->keys + i % POOLS, z, CHUNKS, b->s, text));
+    if (rule) idx(lsa_idx_select(b->x, 1, rule, z, CHUNKS, b->n, b->out, CHUNKS, b->n_out, b->s, text));
 }
 
 /* Median microseconds of one call inside a graph of IN_GRAPH of them. */
-static double time_it(bench *b, int what, const lsa_select_rule *rule) {
+static double time_it(bench *b, int what, const lsa_idx_rule *rule) {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     cudaEvent_t e0, e1;
@@ -154,6 +161,10 @@ int main(void) {
     lsa_rng r = lsa_rng_make(3, 9);
     float *const params = LSA_GEN_NEW(float, lsa_indexer_n_param(&g));
     lsa_indexer_init_random(params, &g, 1);
+    char folder[] = "/tmp/lsa-retrieve-XXXXXX";
+    if (!mkdtemp(folder)) return 1;
+    const lsa_indexer_file f = {.geom = g, .params = params, .tau = 64, .tail = 256, .threshold = 0.5};
+    ok(lsa_indexer_file_save(&f, folder, &err));
     cu(cudaStreamCreateWithFlags(&b.s, cudaStreamNonBlocking));
     b.copy_rate = copy_rate(b.s);
 
@@ -169,7 +180,7 @@ int main(void) {
             memcpy(pool + p * 8448 + 8192 + 4 * i, &s, 4);
         }
     }
-    lsa_gpu_keys keys[BATCH];
+    lsa_idx_keys keys[BATCH];
     int64_t position[BATCH], n[BATCH];
     uint16_t *const hidden = LSA_GEN_NEW(uint16_t, BATCH * 4096);
     for (int64_t i = 0; i < BATCH * 4096; i++) hidden[i] = lsa_f32_to_bf16(lsa_gen_normal(&r));
@@ -182,7 +193,7 @@ int main(void) {
             page[j] = x;
         }
         b.pool[i] = device(pool, POOL_BYTES);
-        keys[i] = (lsa_gpu_keys){b.pool[i], device(page, sizeof(int32_t) * PAGES), CHUNKS};
+        keys[i] = (lsa_idx_keys){b.pool[i], device(page, sizeof(int32_t) * PAGES), CHUNKS};
         position[i] = 4 * (int64_t)CHUNKS - 1 - i;
         n[i] = CHUNKS;
     }
@@ -195,34 +206,37 @@ int main(void) {
     b.n_out = device(NULL, 64);
     const double key_bytes = 132.0 * CHUNKS;
 
-    for (int path = LSA_PATH_FP8; path >= LSA_PATH_BF16; path--) {
-        const char *const name = lsa_query_path_name((lsa_query_path)path);
-        ok(lsa_gpu_retriever_create(&b.x, ctx, &g, params, (lsa_query_path)path, BATCH, CHUNKS, false, &err));
-        ok(lsa_gpu_retriever_query(b.x, 0, BATCH, b.hidden, b.position, b.s, &err));
+    for (int path = LSA_IDX_FP8; path >= LSA_IDX_BF16; path--) {
+        const char *const name = path == LSA_IDX_FP8 ? "fp8" : "bf16";
+        const lsa_idx_options o = {"cuda", path, BATCH, CHUNKS};
+        idx(lsa_idx_open(&b.x, LSA_IDX_ABI, folder, &o, text));
+        idx(lsa_idx_query(b.x, 0, BATCH, b.hidden, b.position, b.s, text));
         const double score = time_it(&b, 0, NULL);
         report(&b, "score", name, score, key_bytes, 1);
-        if (path == LSA_PATH_FP8) {
+        if (path == LSA_IDX_FP8) {
             float *const z = LSA_GEN_NEW(float, CHUNKS);
             cu(cudaMemcpy(z, b.logit, CHUNKS * sizeof *z, cudaMemcpyDeviceToHost));
             qsort(z, CHUNKS, sizeof *z, ascending);
-            lsa_select_rule rule = {.mode = LSA_SELECT_THRESHOLD,
-                                    .n_layer = 1,
-                                    .tail = 64,
-                                    .k = 384,
-                                    .budget = 0.1,
-                                    .threshold = z[(int)(0.9 * CHUNKS)]};
+            lsa_idx_rule rule = {.mode = LSA_IDX_THRESHOLD,
+                                 .ensemble = LSA_IDX_SUM,
+                                 .tail = 64,
+                                 .k = 384,
+                                 .budget = 0.1,
+                                 .threshold = z[(int)(0.9 * CHUNKS)]};
             free(z);
             report(&b, "score + threshold", name, time_it(&b, 0, &rule), key_bytes, 1);
-            rule.mode = LSA_SELECT_PAGES;
+            rule.mode = LSA_IDX_PAGES;
             report(&b, "score + 384 pages", name, time_it(&b, 0, &rule), key_bytes, 1);
-            rule.mode = LSA_SELECT_BUDGET;
+            rule.mode = LSA_IDX_BUDGET;
             report(&b, "score + budget 10 %", name, time_it(&b, 0, &rule), key_bytes, 1);
             report(&b, "query", name, time_it(&b, 3, NULL), 4.0 * (double)lsa_indexer_n_param(&g), 1);
             report(&b, "query", name, time_it(&b, 4, NULL), 4.0 * (double)lsa_indexer_n_param(&g), BATCH);
         }
         report(&b, "score", name, time_it(&b, 2, NULL), key_bytes * BATCH, BATCH);
-        lsa_gpu_retriever_destroy(b.x);
+        lsa_idx_close(b.x);
     }
+    ok(lsa_remove_tree(folder, &err));
+    lsa_ctx_destroy(ctx);
     return 0;
 }
 #endif

@@ -105,9 +105,26 @@ rm -f "$work/full2/ckpt/best"
 (ulimit -f 100; "$bin/lsa-train" resume "$work/full2" --device cpu >"$work/out" 2>&1)
 rc=$?
 [ $rc = 4 ] || { bad "disk full gave exit $rc"; cat "$work/out"; }
+grep -q "step 20 is the last good one" "$work/out" || { bad "the message does not name the last good checkpoint"; cat "$work/out"; }
 ls "$work/full2/ckpt" | grep -qx step_00000040 && bad "a checkpoint that did not fit has its final name"
 expect 0 "" "$bin/lsa-train" resume "$work/full2" --device cpu
 cmp "$work/full/ckpt/step_00000040/model.safetensors" "$work/full2/ckpt/step_00000040/model.safetensors" || bad "after the full disk the result differs"
+
+# a damaged latest checkpoint: resume warns, goes on from the one before, and ends at the same bytes; with no other left, exit 3
+for file in model.safetensors optim.safetensors state.json MANIFEST.json; do
+    rm -rf "$work/hurt"
+    cp -r "$work/full" "$work/hurt"
+    printf 'XX' | dd of="$work/hurt/ckpt/step_00000040/$file" bs=1 seek=100 conv=notrunc 2>/dev/null
+    expect 0 "step_00000020' instead" "$bin/lsa-train" resume "$work/hurt" --device cpu
+    cmp "$work/full/ckpt/step_00000040/$file" "$work/hurt/ckpt/step_00000040/$file" || bad "after a damaged $file the result differs"
+done
+printf 'XX' | dd of="$work/hurt/ckpt/step_00000040/optim.safetensors" bs=1 seek=100 conv=notrunc 2>/dev/null
+rm -rf "$work/hurt/ckpt/step_00000020"
+expect 3 "no checkpoint before it is left" "$bin/lsa-train" resume "$work/hurt" --device cpu
+
+# milestones stay whatever train.keep says
+expect 0 "" "${run[@]}" --out "$work/miles" --set train.steps=30 --set train.save_every=5 --set train.keep=1 --set train.milestone_every=15 --set train.eval_every=0
+[ "$(cd "$work/miles/ckpt" && echo step_*)" = "step_00000015 step_00000030" ] || bad "milestones: $(ls "$work/miles/ckpt")"
 
 # damaged input: a cut shard, other shards than the run's, a non-finite batch
 cp -r "$work/shards" "$work/cut"

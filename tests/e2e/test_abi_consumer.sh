@@ -21,7 +21,7 @@ abi=$(sed -n 's/^#define LSA_IDX_ABI *\([0-9]*\).*/\1/p' export/abi/lsa_indexer.
 expect 0 "liblsa_indexer.so.$abi" objdump -p "$so"
 for n in $(objdump -p "$so" | sed -n 's/ *NEEDED *//p'); do
     case $n in
-    libc.so.* | libm.so.* | libjansson.so.* | libopenblas.so.* | libblas.so.* | libgomp.so.* | libomp.so.* | ld-linux*) ;;
+    libc.so.* | libm.so.* | libjansson.so.* | libz.so.* | libopenblas.so.* | libblas.so.* | libgomp.so.* | libomp.so.* | ld-linux*) ;;
     libcudart.so.* | libcublasLt.so.*) grep -q '^LSA_CUDA:.*=OFF' "$build/CMakeCache.txt" && bad "needs $n" ;;
     *) bad "the library needs $n" ;;
     esac
@@ -43,6 +43,11 @@ for std in "cc -x c -std=c99" "c++ -x c++ -std=c++11"; do
     expect 0 "3 joint layers" "$work/consumer" "$work/indexer"
     expect 1 "error: " "$work/consumer" "$work/nowhere"
 done
+
+# the example of the README
+sed -n '/^```c$/,/^```$/p' export/abi/README.md | grep -v '^```' >"$work/example.c"
+[ "$(wc -l <"$work/example.c")" -gt 15 ] || bad "no example in export/abi/README.md"
+quiet cc -std=c99 -Wall -Wextra -Wpedantic -Werror -c "${flags[@]}" "$work/example.c" -o "$work/example.o"
 
 mkdir "$work/project"
 cp tests/e2e/abi_consumer.c "$work/project/"

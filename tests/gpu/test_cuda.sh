@@ -43,6 +43,7 @@ if command -v compute-sanitizer >/dev/null; then
         rm -rf "$work/s"
         check $tool "${train[@]}" --out "$work/s" --set train.steps=2 --set train.precision=f32 # the GPU step: test_gpu_step.sh
     done
+    for tool in memcheck racecheck initcheck; do check $tool "$build/tests/t_gpu_gpu_retrieve" short; done
 else
     echo "compute-sanitizer is not installed: memory checks not run"
 fi

@@ -297,6 +297,17 @@ static void test_long(void **s) {
     run(8, 8, true, true, LSA_PATH_F32, n);
 }
 
+/* Every kernel once, small: for compute-sanitizer (argument "short"). */
+static void test_short(void **s) {
+    (void)s;
+    const int64_t n[M] = {1, 300, 64, 0, 77};
+    for (int path = 0; path < LSA_QUERY_PATHS; path++)
+        for (int portable = 0; portable < 2; portable++) {
+            run(128, 8, true, portable, (lsa_query_path)path, n);
+            run(8, 6, false, portable, (lsa_query_path)path, n);
+        }
+}
+
 static void test_refuses(void **s) {
     (void)s;
     const int64_t n[M] = {1, 1, 1, 1, 1};
@@ -315,7 +326,7 @@ static void test_refuses(void **s) {
     close_rig(&k);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     lsa_ctx *ctx = NULL;
     if (lsa_ctx_create(&ctx, "cuda", &err) != LSA_OK) {
         const char *const require = getenv("LSA_REQUIRE");
@@ -325,6 +336,8 @@ int main(void) {
     lsa_ctx_destroy(ctx);
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_paths), cmocka_unit_test(test_long),
                                        cmocka_unit_test(test_refuses)};
+    const struct CMUnitTest little[] = {cmocka_unit_test(test_short), cmocka_unit_test(test_refuses)};
+    if (argc > 1 && !strcmp(argv[1], "short")) return cmocka_run_group_tests(little, NULL, NULL);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
 #endif

@@ -17,16 +17,17 @@ ALLOWED = {
     "kernels/cpu": CORE | OPS | {"kernels/cpu", "kernels/ref"},
     "kernels/cuda": CORE | OPS | MODEL | {"kernels/cuda"},
     "kernels/cuda/step": CORE | MODEL | {"kernels/cuda", "kernels/cuda/step"},
+    "kernels/comm": CORE | {"kernels/comm"},
     "kernels/cuda/serve": CORE | MODEL | {"kernels/cuda", "kernels/cuda/serve"},
     "kernels/model": CORE | OPS | MODEL,
     "data": CORE | MODEL | DATA,
-    "trainer": CORE | OPS | MODEL | DATA | {"trainer", "kernels/cpu"},
+    "trainer": CORE | OPS | MODEL | DATA | {"trainer", "kernels/cpu", "kernels/comm"},
     "export": CORE | OPS | MODEL | DATA | {"export", "kernels/cpu"},
     "export/abi": CORE | OPS | MODEL | DATA | {"export/abi", "kernels/cpu"},
     "infer": CORE | OPS | MODEL | DATA | {"infer", "kernels/cpu"},
 }
 VENDOR = [(r"^(cuda|cublas|cudnn)", r"^kernels/cuda/"), (r"^hdf5", r"^data/h5\.[ch]$"), (r"^nccl", r"^kernels/comm/"),
-          (r"^mpi\.h", r"^kernels/comm/"), (r"^cyaml", r"^kernels/core/recipe\.c$"), (r"^argp", r"^kernels/core/cli\.c$"),
+          (r"^mpi\.h", r"^kernels/comm/comm_mpi\.c$"), (r"^cyaml", r"^kernels/core/recipe\.c$"), (r"^argp", r"^kernels/core/cli\.c$"),
           (r"^(cblas|openblas)", r"^kernels/cpu/")]
 ANY = re.compile(r"^(data/dump/|tests/|.*/main_[a-z]+\.c$)")
 

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "data/calibration.h"
+#include "kernels/core/mem.h"
 #include "tests/testkit/gen.h"
 
 void lsa_fixture_geom(lsa_indexer_geom *g) {
@@ -19,24 +21,31 @@ void lsa_fixture_geom(lsa_indexer_geom *g) {
 }
 
 static json_t *calibration(const lsa_indexer_geom *g) {
-    static const char *const ensemble[] = {"sum", "mean", "max"};
-    static const double target[] = {0.05, 0.1, 0.2};
-    json_t *layers = json_array(), *all = json_object();
-    for (int32_t l = 0; l < g->n_layer; l++)
-        json_array_append_new(layers, json_pack("{s:i, s:f, s:f}", "ordinal", g->ord[l].v, "temperature",
-                                                1 + 0.5 * l, "offset", 0.125 * l));
-    for (int s = 0; s < 3; s++) {
-        json_t *a = json_array();
-        for (int i = 0; i < 3; i++) {
-            json_t *t = json_array();
-            for (int k = 0; k < 3; k++)
-                json_array_append_new(t, json_real((1 - 0.2 * i + 0.1 * k) * (s == 0 ? 10 : 0.8)));
-            json_array_append_new(a, json_pack("{s:f, s:o}", "target", target[i], "threshold", t));
-        }
-        json_object_set_new(all, ensemble[s], json_pack("{s:o}", "budget", a));
+    static const int64_t knot[] = {256, 1024, 4096};
+    lsa_calibration *c = LSA_GEN_NEW(lsa_calibration, 1);
+    json_t *o = NULL;
+    snprintf(c->data_hash, sizeof c->data_hash, "%s", "0123456789abcdef");
+    c->documents = c->windows = c->longest = 1;
+    c->n_layer = g->n_layer;
+    c->n_knot = 3;
+    for (int32_t l = 0; l < g->n_layer; l++) {
+        c->ord[l] = g->ord[l];
+        c->temperature[l] = 1 + 0.5f * (float)l;
+        c->offset[l] = 0.125f * (float)l;
     }
-    return json_pack("{s:s, s:o, s:[i, i, i], s:o}", "format", "lsa-calibration/1", "layers", layers, "knots",
-                     256, 1024, 4096, "ensembles", all);
+    for (int k = 0; k < 3; k++) c->knot[k] = knot[k];
+    for (int s = 0; s < LSA_CALIB_SCORES; s++) {
+        c->score[s].n = s != LSA_SCORE_SUM;
+        for (int i = 0; i < LSA_CALIB_TARGETS; i++) {
+            c->entry[s][i].target = lsa_calib_target[i];
+            for (int k = 0; k < 3; k++)
+                c->entry[s][i].threshold[k] =
+                    (float)((1 - 0.2 * i + 0.1 * k) * (s == LSA_SCORE_SUM ? 10 : 0.8));
+        }
+    }
+    if (lsa_calibration_to_json(&o, c, NULL) != LSA_OK) abort();
+    lsa_free(c);
+    return o;
 }
 
 void lsa_fixture_export(char *dir, uint64_t seed, bool calibrated) {

@@ -253,12 +253,12 @@ static void test_rules(void **state) {
     r.ensemble = LSA_IDX_SUM;
     r.budget = 0.2;
     s = resolved(&e, &r);
-    assert_true(s.score == LSA_SCORE_SUM && s.knot_threshold[2] == (float)((1 - 0.2 * 2 + 0.1 * 2) * 10));
+    assert_true(s.score == LSA_SCORE_SUM && s.knot_threshold[2] == (float)((1 - 0.2 * 3 + 0.1 * 2) * 10));
     r.budget = 0.05 * sqrt(2); /* half way between 0.05 and 0.1 in the logarithm */
     s = resolved(&e, &r);
     assert_true(fabs((double)s.knot_threshold[0] - 9) < 1e-6);
     r.budget = 0.1 + 0.1; /* as written or as computed, an end of the table is inside */
-    assert_true(resolved(&e, &r).knot_threshold[0] == 6);
+    assert_true(resolved(&e, &r).knot_threshold[0] == 4);
     r = (lsa_idx_rule){
         .mode = LSA_IDX_PAGES, .ensemble = LSA_IDX_MAX, .k = 5, .threshold = NAN, .budget = 0.05};
     s = resolved(&e, &r);

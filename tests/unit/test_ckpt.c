@@ -61,7 +61,7 @@ static void unmake(fixture *f) {
 }
 static void save(const fixture *f, int64_t step, bool best, int64_t keep) {
     lsa_err err = {0};
-    if (lsa_ckpt_save(f->run, step, &f->g, f->p, f->m, f->v, f->state, best, keep, &err) != LSA_OK)
+    if (lsa_ckpt_save(f->run, step, &f->g, f->p, f->m, f->v, f->state, best, keep, 0, &err) != LSA_OK)
         fail_msg("%s", err.msg);
 }
 static bool there(const fixture *f, const char *name) {
@@ -161,6 +161,26 @@ static void test_pointers_and_keep(void **s) {
     unmake(&f);
 }
 
+/* Multiples of milestone_every stay; the step before another is the newest older directory. */
+static void test_milestones_and_older(void **s) {
+    (void)s;
+    fixture f = make("miles");
+    char dir[LSA_PATH_MAX], p[LSA_PATH_MAX];
+    for (int64_t step = 10; step <= 60; step += 10)
+        assert_int_equal(lsa_ckpt_save(f.run, step, &f.g, f.p, f.m, f.v, f.state, false, 1, 20, NULL),
+                         LSA_OK);
+    for (int step = 10; step <= 60; step += 10) {
+        snprintf(p, sizeof p, "step_%08d", step);
+        assert_int_equal(there(&f, p), step % 20 == 0);
+    }
+    snprintf(p, sizeof p, "%s/ckpt/step_00000060", f.run);
+    assert_int_equal(lsa_ckpt_older(dir, f.run, p, NULL), LSA_OK);
+    assert_non_null(strstr(dir, "step_00000040"));
+    assert_int_equal(lsa_ckpt_older(dir, f.run, "step_00000020", NULL), LSA_OK);
+    assert_int_equal(dir[0], 0);
+    unmake(&f);
+}
+
 /* A step that exists is replaced whole, and garbage of an interrupted save goes. */
 static void test_again_over_garbage(void **s) {
     (void)s;
@@ -187,7 +207,7 @@ static void test_non_finite_is_refused(void **s) {
     fixture f = make("nan");
     lsa_err err = {0};
     f.v[7] = NAN;
-    assert_int_equal(lsa_ckpt_save(f.run, 1, &f.g, f.p, f.m, f.v, f.state, false, 0, &err), LSA_E_NUMERIC);
+    assert_int_equal(lsa_ckpt_save(f.run, 1, &f.g, f.p, f.m, f.v, f.state, false, 0, 0, &err), LSA_E_NUMERIC);
     assert_false(there(&f, "step_00000001") || there(&f, "latest"));
     unmake(&f);
 }
@@ -197,7 +217,7 @@ static void test_import_has_no_moments(void **s) {
     fixture f = make("import");
     lsa_ckpt c;
     lsa_err err = {0};
-    assert_int_equal(lsa_ckpt_save(f.run, 0, &f.g, f.p, NULL, NULL, f.state, true, 0, &err), LSA_OK);
+    assert_int_equal(lsa_ckpt_save(f.run, 0, &f.g, f.p, NULL, NULL, f.state, true, 0, 0, &err), LSA_OK);
     assert_int_equal(lsa_ckpt_load(&c, f.run, false, &err), LSA_OK);
     assert_null(c.m);
     lsa_ckpt_fini(&c);
@@ -281,6 +301,7 @@ int main(void) {
         cmocka_unit_test(test_names),
         cmocka_unit_test(test_equal_bytes),
         cmocka_unit_test(test_pointers_and_keep),
+        cmocka_unit_test(test_milestones_and_older),
         cmocka_unit_test(test_again_over_garbage),
         cmocka_unit_test(test_non_finite_is_refused),
         cmocka_unit_test(test_import_has_no_moments),

@@ -117,8 +117,8 @@ static void test_against_slow_count(void **state) {
     lsa_indexer_init_random(p, &g, 5);
     assert_int_equal(lsa_ctx_create(&ctx, "cpu", &err), LSA_OK);
     if (lsa_source_open(&s, g_dir, &r, &g, true, &err) != LSA_OK) fail_msg("%s", err.msg);
-    assert_int_equal(lsa_trainer_create(&t, ctx, &r, &g, p, NULL, NULL, 0, &err), LSA_OK);
-    if (lsa_evaluate(&e, t, s, &r, &g, 1, HAND_DOCS, &err) != LSA_OK) fail_msg("%s", err.msg);
+    assert_int_equal(lsa_trainer_create(&t, ctx, NULL, 1, &r, &g, p, NULL, NULL, 0, &err), LSA_OK);
+    if (lsa_evaluate(&e, t, NULL, s, &r, &g, 1, HAND_DOCS, &err) != LSA_OK) fail_msg("%s", err.msg);
     for (int64_t doc = 1; doc < HAND_DOCS; doc++) slow_document(row, t, s, &r, &g, doc);
     json_t *o = lsa_eval_json(&e, &r);
     assert_int_equal(e.n, ROWS);

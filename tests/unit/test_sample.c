@@ -27,12 +27,13 @@ typedef struct bench {
     lsa_order *o;
     lsa_batch b;
     lsa_cursor c;
+    int rank, size; /* size 0: one rank */
 } bench;
 
 static void open_bench(bench *x, int stride, const char *const *set, int n_set) {
     char dir[96];
     lsa_err err = {0};
-    memset(x, 0, sizeof *x);
+    *x = (bench){.rank = x->rank, .size = x->size};
     snprintf(dir, sizeof dir, "%s/s%d", g_dir, stride);
     if (lsa_recipe_load(&x->r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, n_set, &err) != LSA_OK)
         fail_msg("%s", err.msg);
@@ -40,7 +41,8 @@ static void open_bench(bench *x, int stride, const char *const *set, int n_set) 
         .hidden = HAND_HIDDEN, .n_head = 2, .head_dim = 128, .rank = 4, .eps = 1e-6f, .n_layer = HAND_LAYERS};
     for (int32_t l = 0; l < HAND_LAYERS; l++) x->g.ord[l].v = l, x->g.id[l].v = 2 * l + 1;
     if (lsa_source_open(&x->s, dir, &x->r, &x->g, true, &err) != LSA_OK) fail_msg("%s", err.msg);
-    if (lsa_order_create(&x->o, x->s, &x->r, &err) != LSA_OK) fail_msg("%s", err.msg);
+    if (lsa_order_create(&x->o, x->s, &x->r, x->rank, x->size ? x->size : 1, &err) != LSA_OK)
+        fail_msg("%s", err.msg);
 }
 static void next(bench *x) {
     lsa_err err = {0};
@@ -52,12 +54,15 @@ static void close_bench(bench *x) {
     lsa_source_close(x->s);
 }
 
-static const char *const LOOK[] = {"window.tail=128", "sample.val_documents=0", "train.batch=7"};
+static const char *const LOOK[] = {"window.tail=128", "sample.val_documents=0", "train.batch=7",
+                                   "data.virtual_shards=1"};
+enum { N_LOOK = sizeof LOOK / sizeof *LOOK };
 static const char *const REFERENCE[] = {
     "train.mode=reference",  "window.stride=1",     "sample.candidates=sampled",
     "sample.order=shuffled", "sample.causal=false", "sample.exclude_resident=false",
     "loss.kind=focal",       "loss.on=layer",       "sample.val_documents=0",
-    "train.batch=9",         "sample.max_pos=12",   "sample.neg_ratio=2"};
+    "train.batch=9",         "sample.max_pos=12",   "sample.neg_ratio=2",
+    "data.virtual_shards=1"};
 enum { N_REF = sizeof REFERENCE / sizeof *REFERENCE };
 
 /* ---- lookahead ---- */
@@ -66,8 +71,8 @@ enum { N_REF = sizeof REFERENCE / sizeof *REFERENCE };
  * normalised mass. */
 static void test_lookahead_kl(void **state) {
     (void)state;
-    bench x;
-    open_bench(&x, 64, LOOK, 3);
+    bench x = {0};
+    open_bench(&x, 64, LOOK, N_LOOK);
     /* starts 192, 256, ... whose 64 tokens fit: 7 of 640 tokens, 7 of 700, none of 3, 2 of 333 (192, 256), 5
      * of 512 */
     assert_int_equal(lsa_order_epoch_windows(x.o), 21);
@@ -96,7 +101,7 @@ static void test_lookahead_kl(void **state) {
                              (long long)c);
             }
         }
-        assert_true(x.b.row_weights == 7);
+        assert_true(x.b.count.row_weights == 7);
     }
     close_bench(&x);
 }
@@ -104,9 +109,9 @@ static void test_lookahead_kl(void **state) {
 /* loss.by_mass: a window's weight is the mass that its target was divided by. */
 static void test_by_mass(void **state) {
     (void)state;
-    bench x;
-    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], "loss.by_mass=true"};
-    open_bench(&x, 64, set, 4);
+    bench x = {0};
+    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], LOOK[3], "loss.by_mass=true"};
+    open_bench(&x, 64, set, 5);
     double sum = 0;
     next(&x);
     for (int64_t i = 0; i < x.b.m; i++) {
@@ -116,7 +121,7 @@ static void test_by_mass(void **state) {
         assert_true(total > 0 && fabs((double)x.b.row_weight[i] - total) <= 1e-5 * total);
         sum += (double)x.b.row_weight[i];
     }
-    assert_true(fabs(x.b.row_weights - sum) <= 1e-9 * sum);
+    assert_true(fabs(x.b.count.row_weights - sum) <= 1e-9 * sum);
     close_bench(&x);
 }
 
@@ -126,14 +131,15 @@ static void test_lookahead_votes(void **state) {
     const char *set[] = {LOOK[0],
                          LOOK[1],
                          LOOK[2],
+                         LOOK[3],
                          "loss.kind=bce",
                          "loss.weighted=true",
                          "loss.trivial=true",
                          "sample.min_layers=1",
                          "sample.exclude_resident=false"};
     for (int resident = 0; resident < 2; resident++) {
-        bench x;
-        open_bench(&x, 64, set, resident ? 8 : 7);
+        bench x = {0};
+        open_bench(&x, 64, set, resident ? 9 : 8);
         for (int k = 0; k < 4; k++) {
             next(&x);
             int64_t elems = 0;
@@ -150,7 +156,7 @@ static void test_lookahead_votes(void **state) {
                     assert_true(x.b.weight[i * x.b.n + c] == w);
                 }
             }
-            assert_int_equal(x.b.n_elem, elems);
+            assert_int_equal(x.b.count.n_elem, elems);
         }
         close_bench(&x);
     }
@@ -185,7 +191,7 @@ static void check_sampled(const bench *x, int64_t tau, bool reference) {
         pairs += pos * neg;
         assert_int_equal(x->b.position[i], reference ? s : s - 1);
     }
-    assert_int_equal(x->b.n_pair, pairs);
+    assert_int_equal(x->b.count.n_pair, pairs);
 }
 
 static void test_lookahead_sampled(void **state) {
@@ -193,12 +199,13 @@ static void test_lookahead_sampled(void **state) {
     const char *set[] = {LOOK[0],
                          LOOK[1],
                          LOOK[2],
+                         LOOK[3],
                          "loss.kind=focal",
                          "sample.candidates=sampled",
                          "sample.max_pos=4",
                          "sample.neg_ratio=2"};
-    bench x;
-    open_bench(&x, 64, set, 7);
+    bench x = {0};
+    open_bench(&x, 64, set, 8);
     for (int k = 0; k < 12; k++) {
         next(&x);
         check_sampled(&x, 64, false);
@@ -209,7 +216,7 @@ static void test_lookahead_sampled(void **state) {
 /* Every token with a golden chunk in [t, t+64), cut at the end, future chunks included. */
 static void test_reference(void **state) {
     (void)state;
-    bench x;
+    bench x = {0};
     int64_t windows = 0, future = 0, cut = 0, halves = 0;
     open_bench(&x, 1, REFERENCE, N_REF);
     for (int64_t doc = 0; doc < HAND_DOCS; doc++)
@@ -241,19 +248,20 @@ static void test_reference(void **state) {
 static void test_epochs(void **state) {
     (void)state;
     for (int shuffled = 0; shuffled < 2; shuffled++) {
-        const char *set[] = {LOOK[0], LOOK[1], LOOK[2],
+        const char *set[] = {LOOK[0], LOOK[1], LOOK[2], LOOK[3],
                              shuffled ? "sample.order=shuffled" : "sample.order=document"};
-        bench x;
-        open_bench(&x, 64, set, 4);
+        bench x = {0};
+        open_bench(&x, 64, set, 5);
         const int64_t n = lsa_order_epoch_windows(x.o);
         int64_t first[64] = {0}, changes = 0, differ = 0;
         for (int64_t e = 0; e < 3; e++) {
             uint8_t seen[HAND_DOCS][16] = {{0}};
             int64_t before = -1;
             for (int64_t i = 0; i < n; i++) {
-                int64_t doc, w;
-                assert_int_equal(lsa_order_next(&doc, &w, x.o, &x.c, NULL), LSA_OK);
-                assert_int_equal(x.c.epoch, e);
+                lsa_place p;
+                assert_int_equal(lsa_order_at(&p, x.o, 0, e * n + i, NULL), LSA_OK);
+                assert_int_equal(p.epoch, e);
+                const int64_t doc = p.doc, w = p.window;
                 assert_true(doc >= 0 && doc < HAND_DOCS && w >= 0 && w < 16 && !seen[doc][w]++);
                 changes += e == 0 && i && doc != before;
                 before = doc;
@@ -276,23 +284,23 @@ static void test_epochs(void **state) {
  * every window is still asked once an epoch, from any cursor. */
 static void test_groups(void **state) {
     (void)state;
-    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], "sample.order=shuffled"};
-    bench x;
+    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], LOOK[3], "sample.order=shuffled"};
+    bench x = {0};
     lsa_err err = {0};
-    open_bench(&x, 64, set, 4);
-    assert_int_equal(lsa_order_groups(x.o, 0), 1); /* everything fits the default pool */
+    open_bench(&x, 64, set, 5);
+    assert_int_equal(lsa_order_groups(x.o, 0, 0), 1); /* everything fits the default pool */
     lsa_order_destroy(x.o);
     x.r.pool_mib = 0;
-    assert_int_equal(lsa_order_create(&x.o, x.s, &x.r, &err), LSA_OK);
+    assert_int_equal(lsa_order_create(&x.o, x.s, &x.r, 0, 1, &err), LSA_OK);
     const int64_t n = lsa_order_epoch_windows(x.o);
     int64_t at[64] = {0};
     for (int64_t e = 0; e < 2; e++) {
-        const int64_t n_group = lsa_order_groups(x.o, e);
+        const int64_t n_group = lsa_order_groups(x.o, 0, e);
         bool in_group[HAND_DOCS] = {false};
         assert_int_equal(n_group, HAND_DOCS);
         for (int64_t g = 0; g < n_group; g++) {
             const int64_t *doc;
-            assert_int_equal(lsa_order_group_docs(x.o, e, g, &doc), 1);
+            assert_int_equal(lsa_order_group_docs(x.o, 0, e, g, &doc), 1);
             assert_false(in_group[doc[0]]);
             in_group[doc[0]] = true;
         }
@@ -300,24 +308,114 @@ static void test_groups(void **state) {
         int64_t last = -1;
         for (int64_t i = 0; i < n; i++) {
             const int64_t *mine;
-            int64_t doc, w;
-            assert_int_equal(lsa_order_next(&doc, &w, x.o, &x.c, NULL), LSA_OK);
-            const int64_t g = lsa_order_group(x.o, x.c.index - 1);
+            lsa_place p;
+            assert_int_equal(lsa_order_at(&p, x.o, 0, e * n + i, NULL), LSA_OK);
+            const int64_t doc = p.doc, w = p.window, g = p.group;
             assert_true(g >= last);
             last = g;
-            assert_int_equal(lsa_order_group_docs(x.o, e, g, &mine), 1);
+            assert_int_equal(lsa_order_group_docs(x.o, 0, e, g, &mine), 1);
             assert_int_equal(mine[0], doc);
             assert_false(seen[doc][w]++);
             if (e == 0) at[i] = 100 * doc + w;
         }
     }
     for (int64_t i = n - 1; i >= 0; i -= 3) { /* any cursor, backwards */
-        int64_t doc, w;
-        x.c = (lsa_cursor){0, i};
-        assert_int_equal(lsa_order_next(&doc, &w, x.o, &x.c, NULL), LSA_OK);
-        assert_int_equal(100 * doc + w, at[i]);
+        lsa_place p;
+        assert_int_equal(lsa_order_at(&p, x.o, 0, i, NULL), LSA_OK);
+        assert_int_equal(100 * p.doc + p.window, at[i]);
     }
     close_bench(&x);
+}
+
+/* ---- virtual shards ---- */
+
+/* Documents are parted, balanced; every shard asks its windows once an epoch of its own; more shards than
+ * documents with windows (4 of 5) fall back to a divisor. */
+static void test_virtual_shards(void **state) {
+    (void)state;
+    static const struct {
+        const char *v;
+        int64_t want;
+    } c[] = {{"data.virtual_shards=1", 1}, {"data.virtual_shards=2", 2}, {"data.virtual_shards=4", 4},
+             {"data.virtual_shards=8", 4}, {"data.virtual_shards=6", 3}, {"data.virtual_shards=7", 1}};
+    for (size_t k = 0; k < 2 * sizeof c / sizeof *c; k++) {
+        const char *set[] = {LOOK[0], LOOK[1], "train.batch=168", c[k / 2].v,
+                             k % 2 ? "sample.order=shuffled" : "sample.order=document"};
+        bench x = {0};
+        open_bench(&x, 64, set, 5);
+        const int64_t n_shard = lsa_order_shards(x.o);
+        assert_int_equal(n_shard, c[k / 2].want);
+        assert_int_equal(lsa_order_rows(x.o), 168 / n_shard);
+        int owner[HAND_DOCS] = {0};
+        int64_t all = 0, least = INT64_MAX, most = 0;
+        for (int64_t v = 0; v < n_shard; v++) {
+            int64_t n = 0;
+            for (int64_t e = 0; e < 2; e++) {
+                uint8_t seen[HAND_DOCS][16] = {{0}};
+                lsa_place p = {0};
+                int64_t i = 0;
+                for (;; i++) {
+                    assert_int_equal(lsa_order_at(&p, x.o, v, e * n + i, NULL), LSA_OK);
+                    if (p.epoch != e) break;
+                    assert_false(seen[p.doc][p.window]++);
+                    assert_true(owner[p.doc] == 0 || owner[p.doc] == 1 + v);
+                    owner[p.doc] = 1 + (int)v;
+                }
+                assert_true(e == 0 || i == n);
+                n = i;
+            }
+            all += n;
+            least = n < least ? n : least;
+            most = n > most ? n : most;
+        }
+        assert_int_equal(all, lsa_order_epoch_windows(x.o));
+        assert_true(most - least <= 7); /* a document */
+        close_bench(&x);
+    }
+}
+
+/* The ranks' batches one after the other are the batch of one rank. */
+static void test_ranks(void **state) {
+    (void)state;
+    const char *set[] = {LOOK[0], LOOK[1], "train.batch=12", "data.virtual_shards=4",
+                         "sample.order=shuffled"};
+    bench one = {0};
+    open_bench(&one, 64, set, 5);
+    for (int size = 2; size <= 4; size += 2) {
+        bench part[4];
+        memset(part, 0, sizeof part);
+        for (int rank = 0; rank < size; rank++) {
+            part[rank].rank = rank, part[rank].size = size;
+            open_bench(&part[rank], 64, set, 5);
+        }
+        one.c.asked = 0;
+        for (int step = 0; step < 5; step++) {
+            lsa_batch_counts sum = {0};
+            next(&one);
+            for (int rank = 0; rank < size; rank++) {
+                bench *const y = &part[rank];
+                next(y);
+                assert_int_equal(y->c.asked, one.c.asked);
+                assert_int_equal(y->b.m, 12 / size);
+                for (int64_t i = 0; i < y->b.m; i++) {
+                    assert_int_equal(y->b.doc[i], one.b.doc[rank * y->b.m + i]);
+                    assert_int_equal(y->b.start[i], one.b.start[rank * y->b.m + i]);
+                }
+                for (int64_t v = 0; v < y->b.n_shard; v++) lsa_batch_counts_add(&sum, &y->b.shard[v]);
+            }
+            assert_memory_equal(&sum, &one.b.count, sizeof sum);
+        }
+        for (int rank = 0; rank < size; rank++) close_bench(&part[rank]);
+    }
+    lsa_order *o = NULL;
+    lsa_err err = {0};
+    assert_int_equal(lsa_order_create(&o, one.s, &one.r, 0, 3, &err), LSA_E_CONFIG);
+    assert_non_null(strstr(err.msg, "start 1, 2, 4 ranks"));
+    close_bench(&one);
+    one.r.batch = 13;
+    err = (lsa_err){0};
+    assert_int_equal(lsa_recipe_check(&one.r, &err), LSA_E_CONFIG);
+    assert_non_null(strstr(err.msg, "12 or 16"));
 }
 
 /* The drawn negatives are those whose words are smallest: philox(mix(mix(seed, 202), epoch), chunk / 4,
@@ -327,12 +425,13 @@ static void test_draw_rule(void **state) {
     const char *set[] = {LOOK[0],
                          LOOK[1],
                          LOOK[2],
+                         LOOK[3],
                          "loss.kind=focal",
                          "sample.candidates=sampled",
                          "sample.max_pos=4",
                          "sample.neg_ratio=2"};
-    bench x;
-    open_bench(&x, 64, set, 7);
+    bench x = {0};
+    open_bench(&x, 64, set, 8);
     next(&x);
     for (int64_t i = 0; i < x.b.m; i++) {
         const int32_t *cand = x.b.cand + i * x.b.n;
@@ -379,11 +478,11 @@ static void test_pure(void **state) {
     memcpy(b, REFERENCE, sizeof REFERENCE);
     a[N_REF] = "train.batch=24";
     b[N_REF] = "train.batch=5";
-    bench x, y;
+    bench x = {0}, y = {0};
     open_bench(&x, 1, a, N_REF + 1);
     open_bench(&y, 1, b, N_REF + 1);
     next(&x);
-    y.c.index = 10; /* as after a resume */
+    y.c.asked = 10; /* as after a resume */
     for (int k = 0; k < 2; k++) {
         next(&y);
         for (int64_t i = 0; i < 5; i++) {
@@ -401,20 +500,20 @@ static void test_pure(void **state) {
 
 static void test_nothing_to_train_on(void **state) {
     (void)state;
-    bench x;
+    bench x = {0};
     lsa_err err = {0};
-    open_bench(&x, 64, LOOK, 3);
+    open_bench(&x, 64, LOOK, N_LOOK);
     lsa_order *o = NULL;
     x.r.tail = 100000;
     lsa_source *s = NULL;
     char dir[96];
     snprintf(dir, sizeof dir, "%s/s64", g_dir);
     assert_int_equal(lsa_source_open(&s, dir, &x.r, &x.g, true, &err), LSA_OK);
-    assert_int_equal(lsa_order_create(&o, s, &x.r, &err), LSA_E_CONFIG);
+    assert_int_equal(lsa_order_create(&o, s, &x.r, 0, 1, &err), LSA_E_CONFIG);
     assert_non_null(strstr(err.msg, "no window"));
     lsa_source_close(s);
     err = (lsa_err){0};
-    x.c = (lsa_cursor){0, 22};
+    x.c = (lsa_cursor){-1};
     assert_int_equal(lsa_batch_next(&x.b, x.s, x.o, &x.r, &x.g, &x.c, &err),
                      LSA_E_FORMAT); /* a cursor that does not fit */
     close_bench(&x);
@@ -429,6 +528,8 @@ int main(void) {
         cmocka_unit_test(test_reference),
         cmocka_unit_test(test_epochs),
         cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_virtual_shards),
+        cmocka_unit_test(test_ranks),
         cmocka_unit_test(test_draw_rule),
         cmocka_unit_test(test_pure),
         cmocka_unit_test(test_nothing_to_train_on),

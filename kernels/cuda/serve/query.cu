@@ -30,6 +30,9 @@ static __global__ void __launch_bounds__(WARPS * 32)
               i0 = blockIdx.y * N;
     if (row >= rows) return;
     const float *const wr[ROWS] = {w + (int64_t)row * k, w + (int64_t)(row + 1 < rows ? row + 1 : row) * k};
+    const T *xr[N]; /* requests beyond the last repeat it */
+#pragma unroll
+    for (int i = 0; i < N; i++) xr[i] = x + (int64_t)(i0 + i < m ? i0 + i : m - 1) * k;
     float sum[ROWS][N] = {};
     const bool wide = k % 4 == 0 && (uintptr_t)w % 16 == 0 && (uintptr_t)x % (4 * sizeof(T)) == 0;
     const int whole = wide ? k / 4 : 0;
@@ -39,15 +42,15 @@ static __global__ void __launch_bounds__(WARPS * 32)
         const float4 a = load4(wr[0], 4 * (int64_t)j), b = load4(wr[1], 4 * (int64_t)j);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            if (N > 1 && i0 + i >= m) break;
-            const float4 v = load4(x + (int64_t)(i0 + i) * k, 4 * (int64_t)j);
+            const float4 v = load4(xr[i], 4 * (int64_t)j);
             sum[0][i] += a.x * v.x + a.y * v.y + a.z * v.z + a.w * v.w;
             sum[1][i] += b.x * v.x + b.y * v.y + b.z * v.z + b.w * v.w;
         }
     }
     for (int j = 4 * whole + lane; j < k; j += 32)
-        for (int i = 0; i < N && i0 + i < m; i++)
-            for (int r = 0; r < ROWS; r++) sum[r][i] += wr[r][j] * load1(x + (int64_t)(i0 + i) * k, j);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            for (int r = 0; r < ROWS; r++) sum[r][i] += wr[r][j] * load1(xr[i], j);
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll

@@ -297,14 +297,15 @@ static __device__ uint32_t scan(uint32_t v, uint32_t *total) {
     return before + upto - v;
 }
 
-/* The k best pages of a request, ascending: the k-th key by 11 bits a pass, then one ordered walk. A thread
- * keeps its first keys (all, up to a million tokens) in registers. */
+/* The k best pages of a request, ascending: histograms of 11 bits until the bin that holds the k-th key is
+ * small, then ranks by counting, then one ordered walk. A thread keeps its first keys (all, up to a million
+ * tokens) in registers. */
 static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ select_args a) {
-    enum { DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / 1024, KEPT = 4 };
+    enum { DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / 1024, KEPT = 4, FEW = 512 };
     __shared__ uint32_t bin[BINS];
-    __shared__ uint64_t found_at;
+    __shared__ uint64_t found_at, few[FEW];
     __shared__ int64_t k_at;
-    __shared__ int done;
+    __shared__ uint32_t in_bin, n_few;
     serve_wait();
     const int64_t i = blockIdx.x, n = chunks_of(a, i), n_page = (n + LSA_PAGE_CHUNKS - 1) / LSA_PAGE_CHUNKS;
     const int t = threadIdx.x;
@@ -324,20 +325,23 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
     uint64_t mine[KEPT];
 #pragma unroll
     for (int j = 0; j < KEPT; j++) mine[j] = t + j * 1024 < n_page ? key[t + j * 1024] : 0;
-    if (t == 0) found_at = 0, k_at = k0, done = k0 == n_page;
-    __syncthreads();
-    for (int above = 64, shift = 64 - 9; above > 0 && !done; above = shift, shift -= DIGIT) {
-        const uint64_t found = found_at;
-        const int64_t k = k_at;
-        const auto count = [&](uint64_t x) {
-            if (above == 64 || x >> above == found >> above) atomicAdd(&bin[x >> shift & (BINS - 1)], 1u);
-        };
-        for (int j = t; j < BINS; j += 1024) bin[j] = 0;
-        __syncthreads();
+    const auto each = [&](auto visit) {
 #pragma unroll
         for (int j = 0; j < KEPT; j++)
-            if (t + j * 1024 < n_page) count(mine[j]);
-        for (int64_t p = t + KEPT * 1024; p < n_page; p += 1024) count(key[p]);
+            if (t + j * 1024 < n_page) visit(mine[j]);
+        for (int64_t p = t + KEPT * 1024; p < n_page; p += 1024) visit(key[p]);
+    };
+    if (t == 0) found_at = 0, k_at = k0, in_bin = k0 < n_page ? ~0u : 0, n_few = 0;
+    __syncthreads();
+    int above = 64, shift = 64 - 9;
+    for (; in_bin > FEW; above = shift, shift -= DIGIT) {
+        const uint64_t found = found_at;
+        const int64_t k = k_at;
+        for (int j = t; j < BINS; j += 1024) bin[j] = 0;
+        __syncthreads();
+        each([&](uint64_t x) {
+            if (above == 64 || x >> above == found >> above) atomicAdd(&bin[x >> shift & (BINS - 1)], 1u);
+        });
         __syncthreads();
         uint32_t total, v[OWN], sum = 0;
 #pragma unroll
@@ -348,9 +352,22 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
             if (before < k && k <= (int64_t)before + v[j]) {
                 found_at = found | (uint64_t)(BINS - 1 - t * OWN - j) << shift;
                 k_at = k - before;
-                done = k - before == v[j];
+                in_bin = v[j]; /* 1 at the latest after the last bits: keys differ */
             }
             before += v[j];
+        }
+        __syncthreads();
+    }
+    if (in_bin > 0) { /* above: the bits of found_at that are known */
+        const uint64_t found = found_at;
+        each([&](uint64_t x) {
+            if (x >> above == found >> above) few[atomicAdd(&n_few, 1u)] = x;
+        });
+        __syncthreads();
+        if (t < (int)n_few) {
+            int64_t larger = 0;
+            for (uint32_t j = 0; j < n_few; j++) larger += few[j] > few[t];
+            if (larger == k_at - 1) found_at = few[t];
         }
         __syncthreads();
     }
