@@ -65,8 +65,9 @@ static void conventions(page *p, const lsa_indexer_geom *g) {
         "are formed in fp32.\n- After RoPE: Hadamard (Sylvester order) / sqrt(128), on queries as on the stored keys.\n"
         "- logit = sum over heads of w_h max(0, k . q_h), w = Ww x / sqrt(128 x heads).\n\n"
         "`indexer.safetensors` holds `retrievers.l{ordinal}.wq_a.weight` [rank, hidden], `.wq_b.weight` [heads x 128, rank], `.q_norm_weight` [rank] and "
-        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage; replay it before serving, or run `lsa-export "
-        "verify` on this folder.\n\n",
+        "`.weights_proj.weight` [heads, hidden]. `golden.safetensors` holds inputs and the value after every stage. Before serving, give the "
+        "engine's own score function to `check` of `check_indexer.py`, which lies beside it (numpy only) and names the convention that is wrong; `lsa-export verify` proves the "
+        "folder.\n\n",
         (double)g->eps, g->n_head, g->head_dim, g->rope.dim, g->rope.base, g->rope.factor,
         (long long)g->rope.original_len, g->rope.beta_fast, g->rope.beta_slow);
 }

@@ -6,7 +6,7 @@ import functools, json, math, os, sys, zlib
 import numpy as np
 LIMIT = {"f32": 4e-5, "bf16": 1e-3, "fp8": 1e-2}  # of |found - expected| / |expected| over the numbers of one query
 LOW = [1 + 2.0**-10, 1 - 2.0**-10]  # gives hidden vectors low bits, which an engine has to round away
-TYPE = {"F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1", "BF16": "<u2"}
+TYPE = {"F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1", "F8_E4M3": "u1", "BF16": "<u2"}
 RIGHT = dict(hadamard=128**-0.5, halves=0, first=0, turn=1, magnitude=0, double=0, shift=0, rows=1 << 40, transposed=0, again=0, low_bits=0, q_norm=3,
              relu=1, key_scale=1)
 HADAMARD, C = functools.reduce(np.kron, [[[1.0, 1], [1, -1]]] * 7), np.arange(256)
@@ -58,7 +58,7 @@ def check(folder, score, path="f32"):  # returns the largest difference
     right = dict(RIGHT, **g["rope"], eps=g["eps"], path=path, scale=(128 * g["n_head"]) ** -0.5)
     def ours(l, setting=None, v=None):  # logits and q of layer l, with one wrong setting
         w, x, k = (v[1] if setting == "layer" and part in v[0] else l for part in ("weights", "hidden", "keys"))
-        W = {n.split(".", 2)[2]: t.astype(float) for n, t in weights.items() if n.startswith(f"retrievers.l{w}.")}
+        W = {n.split(".", 2)[2]: (E4M3[t] * weights[n + "_scale"] if n + "_scale" in weights else t).astype(float) for n, t in weights.items() if f"s.l{w}." in n}
         return logits(W, {**right, setting: v}, G[f"l{x}.hidden"].astype(float), pos, G[f"l{k}.key"])
     def off(got, want):  # largest difference of a query; NaN if a number is
         pairs = [(a.reshape(len(pos), -1), b.reshape(len(pos), -1)) for a, b in zip(got, want)]

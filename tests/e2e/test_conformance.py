@@ -377,8 +377,10 @@ def words(folder, golden):
         assert f"| `{name}` | " in doc and f"| {text} |" in doc, f"EXPORT_FORMAT.md has no row for {name}: {text}"
     text = open(f"{folder}/check_indexer.py").read()
     assert text == open("export/check_indexer.py").read() and text.count("\n") <= 80
-    p = subprocess.run([sys.executable, f"{folder}/check_indexer.py"], capture_output=True, text=True)
-    assert p.returncode == 0 and p.stdout.count("agrees within") == 3, p.stdout + p.stderr
+    for dtype in ("f32", "bf16", "fp8"):  # its own arithmetic, and its reading of every weight type
+        run("lsa-export", "write", f"{work}/native", "--out", f"{work}/as-{dtype}", "--dtype", dtype)
+        p = subprocess.run([sys.executable, f"{work}/as-{dtype}/check_indexer.py"], capture_output=True, text=True)
+        assert p.returncode == 0 and p.stdout.count("agrees within") == 3, p.stdout + p.stderr
     return {row[0] for row in table}
 
 

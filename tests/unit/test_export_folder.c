@@ -16,9 +16,9 @@
 #include "tests/testkit/gen.h"
 
 static char g_dir[] = "/tmp/lsa-folder-XXXXXX";
-static const char *const g_file[] = {
-    "indexer.safetensors",  "golden.safetensors",   "README.md",    "indexer.pt",
-    "layer_04.safetensors", "layer_08.safetensors", "indexer.gguf", NULL};
+static const char *const g_file[] = {"indexer.safetensors", "golden.safetensors",   "README.md",
+                                     "indexer.pt",          "layer_04.safetensors", "layer_08.safetensors",
+                                     "indexer.gguf",        "check_indexer.py",     NULL};
 
 static lsa_indexer_file make(lsa_dtype t) {
     lsa_indexer_file f = {.geom = {.hidden = 32,
@@ -57,7 +57,7 @@ static void test_rewrite(void **state) {
     for (int i = 0; i < 3; i++) {
         char dir[LSA_PATH_MAX];
         lsa_err err = {0};
-        uint64_t a[8], b[8];
+        uint64_t a[9], b[9];
         lsa_export_options o = {.pt = true, .pt_freqs = i * 7, .per_layer = true, .gguf = true}, found;
         lsa_indexer_file f = make(type[i]), back;
         lsa_weights_round(f.params, &f.geom, f.dtype);
