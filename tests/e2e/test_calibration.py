@@ -124,20 +124,45 @@ def run(*command):
     return subprocess.run([BIN + "/" + command[0], *command[1:]], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def lines_of(path, wanted):
-    return [line for line in open(path) if json.loads(line)["document"] in wanted]
+def check_fold(plain, folded, shards):
+    """At the fold's length the reference rule keeps what the calibrated maximum keeps; sigmoids without an offset and lsa.select's threshold too."""
+    fold = folded.calibration["fold"]
+    budget = next(e for e in plain.calibration["ensembles"]["max"]["budget"] if e["target"] == fold["budget"])
+    t = np.interp(np.log2(fold["chunks"]), np.log2(plain.calibration["knots"]), budget["threshold"])
+    here = lambda s: s == 4 * fold["chunks"]
+    n = kept = differ = 0
+    for (_, z), (_, y) in zip(windows(plain, shards, here), windows(folded, shards, here)):
+        want, have = scores(plain, z)["max"] > t, (1 / (1 + np.exp(-(y + fold["logit_offset"])))).max(0) > 0.5
+        n, kept, differ = n + want.size, kept + want.sum(), differ + (want != have).sum()
+        assert ((1 / (1 + np.exp(-y))).max(0) > folded.select["threshold"]).sum() - have.sum() in (-1, 0, 1)
+    print(f"fold at {fold['chunks']} chunks: {kept} of {n} kept, {differ} differ (rounding)")
+    assert folded.select["ensemble"] == "max" and kept > 0.01 * n and differ <= 1e-4 * n, "the fold is another rule"
 
 
 def main():
-    out = tempfile.mkdtemp(prefix="lsa-calibration-")
-    teacher = ["--teacher", MINI + "teacher"]
-    # three sets: to train on; to calibrate on; and to measure, of the same lengths as those calibrated on
-    sets = {"train": ("train", range(0, 14)), "calibration": ("train", range(48, 70)), "test": ("train", range(74, 96))}
-    for name, (file, wanted) in sets.items():
-        with open(f"{out}/{name}.jsonl", "w") as f:
-            f.writelines(lines_of(MINI + file + ".jsonl", wanted))
-        run("lsa-dump", "run", *teacher, "--tokens", MINI + file + ".u16", "--needs", f"{out}/{name}.jsonl", "--out", f"{out}/{name}")
-    return out
+    with tempfile.TemporaryDirectory(prefix="lsa-calibration-") as out:
+        subprocess.run([sys.executable, MINI + "plant.py", MINI + "train.u16", out + "/p.u16", out + "/p.jsonl", "13", "16384x48"], check=True)
+        docs = ["--teacher", MINI + "teacher", "--tokens", out + "/p.u16", "--needs", out + "/p.jsonl"]
+        for name, part in (("train", "0:6"), ("calibration", "6:22"), ("test", "22:38")):
+            run("lsa-dump", "run", *docs, "--documents", part, "--out", f"{out}/{name}")
+        quick = ["--set", "train.steps=100", "--set", "sample.val_documents=1", "--device", "cpu"]
+        run("lsa-train", "run", "--recipe", "recipes/mini-cpu.yaml", "--data", out + "/train", "--out", out + "/run", *quick)
+        run("lsa-export", "write", out + "/run", "--out", out + "/indexer")
+        print(run("lsa-export", "calibrate", out + "/indexer", "--data", out + "/calibration", "--device", "cpu"))
+        lengths = (4096, 8192, 16384)
+        ix = Indexer(out + "/indexer")
+        share = kept_share(ix, out + "/test", lengths)
+        table(share, lengths)
+        check = json.loads(run("lsa-export", "calibrate", out + "/indexer", "--data", out + "/test", "--check", "--json", "--device", "cpu"))
+        for name in check["ensembles"]:
+            for e in check["ensembles"][name]["budget"]:
+                for n in lengths:
+                    share["--check of " + name, e["target"], n] = e["kept"][check["knots"].index(n // 4)] / e["target"]
+        wrong = {k: v for k, v in share.items() if not abs(v - 1) <= 0.15}
+        assert len(share) == 2 * 3 * len(BUDGETS) * len(lengths) and not wrong, f"kept shares off by more than 15 %: {wrong}"
+        run("lsa-export", "calibrate", out + "/indexer", "--data", out + "/calibration", "--fold", "0.10", "--fold-tokens", "8192", "--out", out + "/folded", "--device", "cpu")
+        check_fold(ix, Indexer(out + "/folded"), out + "/test")
+    print("ok")
 
 
 if __name__ == "__main__":
