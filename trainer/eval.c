@@ -189,6 +189,7 @@ static lsa_status score_document(lsa_scores *row, const lsa_eval *e, lsa_trainer
     for (int64_t w = 0; w < n_window; w += GROUP) {
         const int64_t m = lsa_min_i64(GROUP, n_window - w);
         if (comm) lsa_comm_tick(comm, "evaluating");
+        if (comm) LSA_TRY(lsa_comm_check(comm, err));
         LSA_TRY(lsa_batch_document(&b, s, doc, w, m, g, err));
         const int64_t need = g->n_layer * m * b.n;
         if (need > cap) {

@@ -30,7 +30,7 @@ function(lsa_add_tests)
       else()
         add_test(NAME ${name} COMMAND bash ${f} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
       endif()
-      if(name MATCHES "quickstart|bench|gpu")
+      if(name MATCHES "quickstart|bench|gpu|multiproc")
         set_tests_properties(${name} PROPERTIES RUN_SERIAL ON) # they use the whole machine
       endif()
       set_tests_properties(${name} PROPERTIES LABELS ${label} SKIP_RETURN_CODE 77 TIMEOUT ${LSA_TEST_TIMEOUT}

@@ -51,6 +51,8 @@ static lsa_status sums(lsa_comm *c, lsa_err *err) {
     int64_t begin[SHARDS + 1];
     double *sum;
     NEED(SHARDS % size == 0);
+    NEED(lsa_comm_local_rank(c) == rank); /* one host here */
+    LSA_TRY(lsa_comm_check(c, err));
     for (int r = 0; r <= size; r++)
         begin[r] = (int64_t)N * r * r / (size * size); /* uneven; the first may be empty */
     LSA_TRY(LSA_NEW(want, N, err));
