@@ -1,6 +1,6 @@
 /* GPU training with resident documents: see resident.h. The mistake that would stay silent: overwriting a
- * group of documents while a step that uses it is still running; a bank is refilled only after the results of
- * its last step have been taken. */
+ * group of documents while a step that uses it is still running; a bank is refilled only after its last step
+ * has ended. */
 #include "trainer/resident.h"
 
 #include <pthread.h>
@@ -136,20 +136,14 @@ static lsa_status finish(lsa_resident *x, lsa_err *err) {
     return j->st;
 }
 
-/* The shard's bank that holds a group, if any. With one group every epoch is the same documents. */
-static int32_t bank_of(lsa_resident *x, int64_t v, int64_t epoch, int64_t group) {
-    const bool one = lsa_order_groups(x->o, v, epoch) == 1;
+/* The shard's bank that holds a group, if any. */
+static int32_t bank_of(const lsa_resident *x, int64_t v, int64_t epoch, int64_t group) {
+    const bool one = lsa_order_whole(x->o, v); /* every epoch is the same documents */
     for (int32_t b = 0; b < BANKS; b++) {
         const bank *const k = &x->pool[v].bank[b];
         if (k->epoch >= 0 && (one || (k->epoch == epoch && k->group == group))) return b;
     }
     return -1;
-}
-
-static lsa_status drain(lsa_resident *x, int64_t until, lsa_err *err) {
-    if (x->taken < until)
-        LSA_RET_FAIL(LSA_E_ARG, "results of %lld steps must be taken first", (long long)(until - x->taken));
-    return LSA_OK;
 }
 
 /* Waits until the group is resident, reading it now if nobody has begun. */
@@ -160,7 +154,8 @@ static lsa_status need(lsa_resident *x, int64_t v, int64_t epoch, int64_t group,
     if (b < 0) {
         LSA_TRY(finish(x, err));
         b = k[0].last_use <= k[1].last_use ? 0 : 1;
-        LSA_TRY(drain(x, k[b].last_use, err));
+        /* order.h: a step takes no more than two groups of a shard, so none of this step's is lost */
+        if (x->taken < k[b].last_use) LSA_TRY(lsa_gpu_get(x->step, NULL, NULL, NULL, err)); /* waits */
         LSA_TRY(start(x, v, b, epoch, group, err));
     }
     if (x->job.running && x->job.shard == v && x->job.bank == b) LSA_TRY(finish(x, err));
@@ -181,9 +176,9 @@ static bool job_over(lsa_resident *x) {
 static lsa_status ahead(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t in_use,
                         lsa_err *err) {
     lsa_status st = LSA_OK;
-    const int64_t n = lsa_order_groups(x->o, v, epoch);
     const bank *const other = &x->pool[v].bank[1 - in_use];
-    if (n == 1 || x->taken < other->last_use) return LSA_OK;
+    if (lsa_order_whole(x->o, v) || x->taken < other->last_use) return LSA_OK;
+    const int64_t n = lsa_order_groups(x->o, v, epoch);
     const int64_t e = group + 1 < n ? epoch : epoch + 1, g = group + 1 < n ? group + 1 : 0;
     if (other->epoch == e && other->group == g) return LSA_OK;
     if (x->job.running && job_over(x)) LSA_TRY(finish(x, err));
