@@ -53,6 +53,14 @@ lsa_status lsa_gpu_result_take(lsa_gpu_step *s, lsa_gpu_result *out, lsa_err *er
     (void)s, (void)out;
     NO_CUDA;
 }
+lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
+    (void)s, (void)out;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
     (void)s, (void)params, (void)m, (void)v;
     NO_CUDA;

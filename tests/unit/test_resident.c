@@ -122,7 +122,15 @@ lsa_status lsa_gpu_result_take(lsa_gpu_step *s, lsa_gpu_result *out, lsa_err *er
     return LSA_OK;
 }
 lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
-    (void)params, (void)m, (void)v, (void)err;
+    (void)s, (void)params, (void)m, (void)v;
+    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the made-up GPU has no parameters");
+}
+lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
+    (void)s, (void)out;
+    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the made-up GPU has no parameters");
+}
+lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err) {
+    (void)err;
     pthread_mutex_lock(&g_lock);
     g_steps_waited += s->ended < s->launched;
     s->ended = s->launched;
@@ -148,7 +156,8 @@ lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_row *row, floa
 
 /* Row i of a step is of shard i / rows; its document, window and epoch are those of the order. The recipe's
  * pool of 0 MiB makes groups as small as they may be. */
-static void follow(const char *batch, const char *shards, const char *stride, int64_t pool_mib, double hard) {
+static void follow_rank(const char *batch, const char *shards, const char *stride, int64_t pool_mib,
+                        double hard, int rank, int size) {
     const char *const set[] = {
         "window.tail=128",           "sample.val_documents=0", batch, shards, "sample.order=shuffled", stride,
         "sample.candidates=sampled", "loss.kind=focal"};
@@ -168,12 +177,13 @@ static void follow(const char *batch, const char *shards, const char *stride, in
     r.hard_share = hard;
     r.hard_every = 5;
     if (lsa_source_open(&s, dir, &r, &g, true, &err) != LSA_OK) fail_msg("%s", err.msg);
-    assert_int_equal(lsa_order_create(&o, s, &r, 0, 1, &err), LSA_OK);
+    assert_int_equal(lsa_order_create(&o, s, &r, rank, size, &err), LSA_OK);
     assert_int_equal(lsa_order_create(&again, s, &r, 0, 1, &err), LSA_OK);
-    if (lsa_resident_create(&x, NULL, s, o, &r, &g, NULL, NULL, NULL, 0, &err) != LSA_OK)
+    if (lsa_resident_create(&x, NULL, NULL, s, o, &r, &g, NULL, NULL, NULL, 0, &err) != LSA_OK)
         fail_msg("%s", err.msg);
     lsa_gpu_step *const gpu = lsa_resident_step(x);
-    const int64_t rows = lsa_order_rows(o), n_shard = lsa_order_shards(o);
+    const int64_t rows = lsa_order_rows(o), first = lsa_order_first(o), share = lsa_order_share(o);
+    assert_int_equal(gpu->batch, rows * share);
     const int64_t steps = 3 * lsa_order_epoch_windows(o) / r.batch + 3;
     g_torn = false;
     g_puts = 0;
@@ -182,10 +192,11 @@ static void follow(const char *batch, const char *shards, const char *stride, in
         if (step < steps) {
             if (lsa_resident_launch(x, &c, step, &err) != LSA_OK) fail_msg("step %d: %s", (int)step, err.msg);
             assert_int_equal(c.asked, (step + 1) * rows);
-            for (int64_t i = 0; i < r.batch; i++) {
+            for (int64_t i = 0; i < gpu->batch; i++) {
                 lsa_place p;
                 const int32_t slot = gpu->used[step % LSA_GPU_FLIGHT][i];
-                assert_int_equal(lsa_order_at(&p, again, i / rows, step * rows + i % rows, NULL), LSA_OK);
+                assert_int_equal(lsa_order_at(&p, again, first + i / rows, step * rows + i % rows, NULL),
+                                 LSA_OK);
                 assert_int_equal(gpu->doc[slot], p.doc);
                 assert_true(hard == 0 || gpu->mined[slot]);
             }
@@ -193,12 +204,16 @@ static void follow(const char *batch, const char *shards, const char *stride, in
         if (step > 0) assert_int_equal(lsa_resident_take(x, &got, &err), LSA_OK);
     }
     assert_false(g_torn);
-    for (int64_t v = 0; v < n_shard; v++) assert_true(pool_mib == 0 || lsa_order_whole(o, v));
-    if (pool_mib) assert_int_equal(g_puts, HAND_DOCS); /* read once, kept */
+    for (int64_t v = first; v < first + share; v++) assert_true(pool_mib == 0 || lsa_order_whole(o, v));
+    if (pool_mib && size == 1) assert_int_equal(g_puts, HAND_DOCS); /* read once, kept */
     lsa_resident_destroy(x);
     lsa_order_destroy(o);
     lsa_order_destroy(again);
     lsa_source_close(s);
+}
+
+static void follow(const char *batch, const char *shards, const char *stride, int64_t pool_mib, double hard) {
+    follow_rank(batch, shards, stride, pool_mib, hard, 0, 1);
 }
 
 static void test_whole(void **state) {
@@ -224,6 +239,15 @@ static void test_mined(void **state) {
     follow("train.batch=8", "data.virtual_shards=4", "window.stride=1", 64, 0.5);
 }
 
+/* A rank of several follows the same order, on its shards. */
+static void test_ranks(void **state) {
+    (void)state;
+    for (int rank = 0; rank < 2; rank++) {
+        follow_rank("train.batch=16", "data.virtual_shards=4", "window.stride=1", 0, 0, rank, 2);
+        follow_rank("train.batch=8", "data.virtual_shards=2", "window.stride=64", 64, 0.5, rank, 2);
+    }
+}
+
 static int begin(void **state) {
     (void)state;
     char dir[96];
@@ -242,6 +266,6 @@ static int end(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_whole), cmocka_unit_test(test_rotating),
-                                       cmocka_unit_test(test_mined)};
+                                       cmocka_unit_test(test_mined), cmocka_unit_test(test_ranks)};
     return cmocka_run_group_tests(tests, begin, end);
 }
