@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "kernels/core/dtype.h"
 #include "kernels/core/lsa_ids.h"
 #include "kernels/core/lsa_status.h"
 #include "kernels/model/rope.h"
@@ -30,6 +31,8 @@ typedef struct lsa_teacher_config {
     int32_t n_csa;
     lsa_layer_id csa_id[LSA_MAX_CSA]; /* layer id of each CSA ordinal */
     int32_t csa_ord[LSA_MAX_LAYERS];  /* ordinal of a layer, -1 if not CSA */
+    /* as config.json declares the storage: BF16, F8_E4M3 or (experts) F4; the loader goes by the files */
+    lsa_dtype matrix_dtype, expert_dtype;
 } lsa_teacher_config;
 
 /* Reads hub-style (R) and transformers-style (H) config files. LSA_E_FORMAT / LSA_E_UNSUPPORTED (V4.1) with
