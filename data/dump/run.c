@@ -248,6 +248,8 @@ static lsa_status open_inputs(dump *d, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_engine_opts eo = {.sim_fp8_kv = d->o->sim_fp8, .sim_fp4_index = d->o->sim_fp4};
     LSA_TRY(lsa_engine_open(&d->engine, d->o->teacher, &eo, err));
+    if (*lsa_teacher_note(lsa_engine_teacher(d->engine)))
+        lsa_warn("%s", lsa_teacher_note(lsa_engine_teacher(d->engine)));
     const lsa_teacher_config *c = lsa_engine_config(d->engine);
     LSA_TRY(make_rule(&d->rule, d->o, c, err));
     LSA_TRY(lsa_docs_open(&d->docs, d->o->tokens, d->o->needs, d->o->documents, c->vocab, err));
