@@ -4,12 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/dump/recheck.h"
 #include "data/dump/run.h"
 #include "data/dump/synth.h"
 #include "data/h5.h"
 #include "kernels/core/cli.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
+#include "kernels/core/num.h"
 
 /* Options of run and plan; teacher, tokens and out are required. */
 #define DUMP_OPTS(o)                                                                                         \
@@ -135,17 +137,35 @@ static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
 
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
     const char *dir;
-    const lsa_opt opts[] = {{0}};
+    lsa_recheck_opts o = {.seed = -1};
+    lsa_manifest m = {0};
+    int64_t values = 0;
+    const lsa_opt opts[] = {
+        {"recheck", "N", LSA_OPT_I64, &o.n,
+         "also read N random documents through the teacher again and compare every stored number, bit for bit"},
+        {"seed", "N", LSA_OPT_I64, &o.seed, "which documents --recheck draws (default 1)"},
+        {"teacher", "DIR", LSA_OPT_STR, &o.teacher, "for --recheck, if the teacher was moved since the dump"},
+        {"tokens", "FILE", LSA_OPT_STR, &o.tokens, "the same for the token file"},
+        {"needs", "FILE", LSA_OPT_STR, &o.needs, "the same for the index of planted needs"},
+        {0}};
+    lsa_status st = LSA_OK;
     lsa_cli_parse(
         "Check a shard folder whole: hashes, structure, ranges, and native logits recomputed from the stored keys.",
         "SHARDS", opts, argc, argv, &dir, 1);
-    lsa_manifest m;
-    lsa_status st = lsa_shards_verify(dir, err);
-    if (st == LSA_OK) st = lsa_manifest_load(&m, dir, err);
-    if (st != LSA_OK) return st;
+    if (o.n < 0) LSA_FAIL(LSA_E_ARG, "--recheck must not be negative");
+    if (o.n == 0 && (o.seed >= 0 || o.teacher || o.tokens || o.needs))
+        LSA_FAIL(LSA_E_ARG, "--seed, --teacher, --tokens and --needs belong to --recheck N");
+    if (o.seed < 0) o.seed = 1;
+    LSA_TRY(lsa_shards_verify(dir, err));
+    LSA_TRY(lsa_manifest_load(&m, dir, err));
     printf("ok: %lld shards, %lld documents, %lld tokens%s\n", (long long)m.info.n_shard,
            (long long)m.info.n_doc, (long long)m.info.n_token,
            m.complete ? "" : " (incomplete: 'lsa-dump resume' goes on)");
+    if (o.n == 0) goto done;
+    LSA_TRY(lsa_dump_recheck(&values, dir, &o, err));
+    printf("ok: %lld documents (seed %lld) read again: %lld stored values equal, bit for bit\n",
+           (long long)lsa_min_i64(o.n, m.info.n_doc), (long long)o.seed, (long long)values);
+done:
     lsa_manifest_fini(&m);
     return st;
 }

@@ -12,93 +12,12 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "kernels/core/csa_list.h"
 #include "kernels/core/clock.h"
 #include "kernels/core/file.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-#include "kernels/core/version.h"
-
-#define CHUNK 1024
-
-lsa_dump_opts lsa_dump_defaults(void) {
-    return (lsa_dump_opts){.layers = "all",
-                           .top_p = 0.6,
-                           .dense_min = 1e-4,
-                           .hidden_stride = 64,
-                           .shard_bytes = INT64_C(256) << 20};
-}
-
-/* ---- options <-> manifest ---- */
-
-static json_t *opts_to_json(const lsa_dump_opts *o, const char *const path[3], uint64_t docs_hash,
-                            int64_t n_doc) {
-    char hex[17];
-    lsa_hex64(hex, docs_hash);
-    return json_pack(
-        "{s:s, s:s, s:s?, s:s?, s:s, s:f, s:f, s:I, s:I, s:I, s:I, s:b, s:b, s:b, s:s, s:s, s:I}", "teacher",
-        path[0], "tokens", path[1], "needs", path[2], "documents", o->documents, "layers", o->layers, "top_p",
-        o->top_p, "dense_min", o->dense_min, "pool", (json_int_t)o->pool, "hidden_stride",
-        (json_int_t)o->hidden_stride, "dense_every", (json_int_t)o->dense_every, "shard_bytes",
-        (json_int_t)o->shard_bytes, "no_stats", o->no_stats, "sim_fp8", o->sim_fp8, "sim_fp4", o->sim_fp4,
-        "lsa_version", lsa_version(), "documents_xxh64", hex, "n_documents", (json_int_t)n_doc);
-}
-
-static lsa_status opts_from_json(lsa_dump_opts *o, const json_t *j, const char *where, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    *o = lsa_dump_defaults();
-    if (!json_is_object(j) || !json_object_get(j, "teacher"))
-        LSA_FAIL(LSA_E_FORMAT,
-                 "%s: no 'run' options; these shards were not made by 'lsa-dump run' and cannot be resumed",
-                 where);
-    LSA_TRY(lsa_json_str(&o->teacher, j, "teacher", where, err));
-    LSA_TRY(lsa_json_str(&o->tokens, j, "tokens", where, err));
-    o->needs = json_string_value(json_object_get(j, "needs"));
-    o->documents = json_string_value(json_object_get(j, "documents"));
-    LSA_TRY(lsa_json_str(&o->layers, j, "layers", where, err));
-    LSA_TRY(lsa_json_f64(&o->top_p, j, "top_p", where, err));
-    LSA_TRY(lsa_json_f64(&o->dense_min, j, "dense_min", where, err));
-    LSA_TRY(lsa_json_i64(&o->pool, j, "pool", where, err));
-    LSA_TRY(lsa_json_i64(&o->hidden_stride, j, "hidden_stride", where, err));
-    LSA_TRY(lsa_json_i64(&o->dense_every, j, "dense_every", where, err));
-    LSA_TRY(lsa_json_i64(&o->shard_bytes, j, "shard_bytes", where, err));
-    o->no_stats = json_is_true(json_object_get(j, "no_stats"));
-    o->sim_fp8 = json_is_true(json_object_get(j, "sim_fp8"));
-    o->sim_fp4 = json_is_true(json_object_get(j, "sim_fp4"));
-done:
-    return st;
-}
-
-static lsa_status make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const lsa_teacher_config *c,
-                            lsa_err *err) {
-    lsa_status st = LSA_OK;
-    memset(r, 0, sizeof *r);
-    r->top_p = o->top_p;
-    r->pool = (int32_t)(o->pool ? o->pool : c->index_topk);
-    r->hidden_stride = (int32_t)o->hidden_stride;
-    r->stats = !o->no_stats;
-    r->dense_every = o->dense_every;
-    r->dense_min = o->dense_min;
-    if (!(o->top_p > 0 && o->top_p <= 1))
-        LSA_FAIL(LSA_E_ARG, "--top-p must be in (0, 1], found %g", o->top_p);
-    if (o->pool < 0 || o->pool > 4096 || r->pool < 1 || r->pool > 4096)
-        LSA_FAIL(LSA_E_ARG, "--pool must be in [1, 4096], found %lld",
-                 (long long)(o->pool ? o->pool : c->index_topk));
-    if (o->hidden_stride < 1 || o->hidden_stride > 65536)
-        LSA_FAIL(LSA_E_ARG, "--hidden-stride must be in [1, 65536], found %lld", (long long)o->hidden_stride);
-    if (o->dense_every < 0) LSA_FAIL(LSA_E_ARG, "--dense-every must not be negative");
-    if (c->n_csa == 0)
-        LSA_FAIL(LSA_E_UNSUPPORTED,
-                 "the teacher has no compressed-sparse-attention layer: there is nothing to index");
-    if (c->index_head_dim != 128)
-        LSA_FAIL(LSA_E_UNSUPPORTED, "the teacher's index keys have %d channels; shards hold keys of 128",
-                 c->index_head_dim);
-    LSA_TRY(lsa_csa_list(r->has_keys, o->layers, c->n_csa, LSA_E_ARG, "--layers", err));
-done:
-    return st;
-}
 
 /* ---- plan ---- */
 
@@ -150,7 +69,7 @@ lsa_status lsa_dump_make_plan(lsa_dump_plan *plan, const lsa_dump_opts *o, const
     memset(plan, 0, sizeof *plan);
     LSA_TRY(lsa_path(path, err, "%s/config.json", o->teacher));
     LSA_TRY(lsa_teacher_config_load(&c, path, err));
-    LSA_TRY(make_rule(&r, o, &c, err));
+    LSA_TRY(lsa_dump_make_rule(&r, o, &c, err));
     LSA_TRY(lsa_docs_open(&d, o->tokens, o->needs, o->documents, c.vocab, err));
     fill_plan(plan, d, &c, &r);
     LSA_TRY(check_disk(plan, out, err));
@@ -191,34 +110,32 @@ done:
     return st;
 }
 
+/* After every chunk of tokens: Ctrl-C, and the progress line. */
+static lsa_status on_chunk(void *user, int64_t n, lsa_err *err) {
+    dump *d = user;
+    d->done_tokens += n;
+    lsa_progress_update(&d->progress, (double)d->done_tokens, NULL);
+    if (lsa_stop_requested())
+        LSA_RET_FAIL(LSA_E_INTERRUPTED, "stopped after %lld of %lld documents; 'lsa-dump resume %s' goes on",
+                     (long long)d->m.info.n_doc, (long long)lsa_docs_count(d->docs), d->out);
+    return LSA_OK;
+}
+
 static lsa_status one_document(dump *d, const lsa_doc *doc, lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_tap_state *tap = NULL;
-    LSA_TRY(lsa_tap_begin(&tap, lsa_engine_config(d->engine), &d->rule, doc->n_token, d->open.len == 0, err));
-    const lsa_taps taps = lsa_tap_callbacks(tap);
-    lsa_session_reset(d->session);
-    for (int64_t t = 0; t < doc->n_token; t += CHUNK) {
-        const int64_t n = lsa_min_i64(CHUNK, doc->n_token - t);
-        if (lsa_stop_requested())
-            LSA_FAIL(LSA_E_INTERRUPTED, "stopped after %lld of %lld documents; 'lsa-dump resume %s' goes on",
-                     (long long)d->m.info.n_doc, (long long)lsa_docs_count(d->docs), d->out);
-        LSA_TRY(lsa_session_forward(d->session, doc->token + t, n, NULL, false, &taps, err));
-        d->done_tokens += n;
-        lsa_progress_update(&d->progress, (double)d->done_tokens, NULL);
-    }
     LSA_TRY(LSA_VEC_RESERVE(d->open, d->open.len + 1, err));
-    LSA_TRY(lsa_tap_finish(&d->open.data[d->open.len], tap, d->session, doc, err));
+    LSA_TRY(lsa_tap_document(&d->open.data[d->open.len], d->session, lsa_engine_config(d->engine), &d->rule,
+                             doc, d->open.len == 0, on_chunk, d, err));
     d->open_bytes += lsa_doc_stats_bytes(&d->open.data[d->open.len], &d->m.info);
     d->open.len++;
 done:
-    lsa_tap_end(tap);
     return st;
 }
 
 /* Speed on the first tokens of the first document still to do. */
 static lsa_status measure(dump *d, lsa_dump_plan *p, int64_t left, lsa_err *err) {
     const lsa_doc *doc = lsa_docs_at(d->docs, d->m.info.n_doc);
-    const int64_t n = lsa_min_i64(CHUNK, doc->n_token);
+    const int64_t n = lsa_min_i64(LSA_TAP_CHUNK, doc->n_token);
     double t0 = lsa_now_s();
     lsa_status st = lsa_session_forward(d->session, doc->token, n, NULL, false, NULL, err);
     lsa_session_reset(d->session);
@@ -251,7 +168,7 @@ static lsa_status open_inputs(dump *d, lsa_err *err) {
     if (*lsa_teacher_note(lsa_engine_teacher(d->engine)))
         lsa_warn("%s", lsa_teacher_note(lsa_engine_teacher(d->engine)));
     const lsa_teacher_config *c = lsa_engine_config(d->engine);
-    LSA_TRY(make_rule(&d->rule, d->o, c, err));
+    LSA_TRY(lsa_dump_make_rule(&d->rule, d->o, c, err));
     LSA_TRY(lsa_docs_open(&d->docs, d->o->tokens, d->o->needs, d->o->documents, c->vocab, err));
 done:
     return st;
@@ -286,7 +203,7 @@ static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     if (first > n_doc)
         LSA_FAIL(LSA_E_FORMAT, "'%s': the manifest has %lld documents sealed, the input has %lld", d->out,
                  (long long)first, (long long)n_doc);
-    lsa_session_opts so = {.max_tokens = plan->longest, .chunk = CHUNK};
+    lsa_session_opts so = {.max_tokens = plan->longest, .chunk = LSA_TAP_CHUNK};
     LSA_TRY(lsa_session_create(&d->session, d->engine, &so, err));
     for (int64_t i = 0; i < first; i++) d->done_tokens += lsa_docs_at(d->docs, i)->n_token;
     if (first < n_doc) LSA_TRY(measure(d, plan, plan->tokens - d->done_tokens, err));
@@ -372,7 +289,7 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, l
     LSA_TRY(check_fresh(out, err)); /* again, now that nobody else can start */
     fill_info(&d.m.info, &d);
     const char *const paths[3] = {abs[0], abs[1], o->needs ? abs[2] : NULL};
-    d.m.run = opts_to_json(o, paths, lsa_docs_hash(d.docs), lsa_docs_count(d.docs));
+    d.m.run = lsa_dump_opts_to_json(o, paths, lsa_docs_hash(d.docs), lsa_docs_count(d.docs));
     if (!d.m.run)
         LSA_FAIL(LSA_E_ARG,
                  "the paths of teacher, tokens and needs must be UTF-8, so that resume finds them");
@@ -401,7 +318,7 @@ lsa_status lsa_dump_resume(const char *out, lsa_err *err) {
         lsa_info("'%s' is complete: nothing to resume", out);
         goto done;
     }
-    LSA_TRY(opts_from_json(&o, d.m.run, out, err));
+    LSA_TRY(lsa_dump_opts_from_json(&o, d.m.run, out, err));
     LSA_TRY(open_inputs(&d, err));
     LSA_TRY(lsa_json_str(&want, d.m.run, "documents_xxh64", out, err));
     lsa_hex64(hex, lsa_docs_hash(d.docs));

@@ -2,18 +2,8 @@
 #ifndef LSA_DATA_DUMP_RUN_H
 #define LSA_DATA_DUMP_RUN_H
 
-#include "data/dump/tap.h"
+#include "data/dump/options.h"
 #include "data/manifest.h"
-
-typedef struct lsa_dump_opts {
-    const char *teacher, *tokens, *needs, *documents; /* needs and documents may be NULL */
-    const char *layers;                               /* "all" or ordinals "0,2" */
-    double top_p, dense_min;
-    int64_t pool; /* 0: the teacher's index_topk */
-    int64_t hidden_stride, dense_every, shard_bytes;
-    bool no_stats, sim_fp8, sim_fp4;
-} lsa_dump_opts;
-lsa_dump_opts lsa_dump_defaults(void);
 
 /* What a dump will take, from the input alone. */
 typedef struct lsa_dump_plan {

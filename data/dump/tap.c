@@ -352,3 +352,23 @@ done:
     if (st != LSA_OK) lsa_doc_stats_fini(out);
     return st;
 }
+
+lsa_status lsa_tap_document(lsa_doc_stats *out, lsa_session *s, const lsa_teacher_config *c,
+                            const lsa_dump_rule *rule, const lsa_doc *doc, bool probe,
+                            lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                            lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_tap_state *t = NULL;
+    LSA_TRY(lsa_tap_begin(&t, c, rule, doc->n_token, probe, err));
+    const lsa_taps taps = lsa_tap_callbacks(t);
+    lsa_session_reset(s);
+    for (int64_t at = 0; at < doc->n_token; at += LSA_TAP_CHUNK) {
+        const int64_t n = lsa_min_i64(LSA_TAP_CHUNK, doc->n_token - at);
+        LSA_TRY(lsa_session_forward(s, doc->token + at, n, NULL, false, &taps, err));
+        if (step) LSA_TRY(step(user, n, err));
+    }
+    LSA_TRY(lsa_tap_finish(out, t, s, doc, err));
+done:
+    lsa_tap_end(t);
+    return st;
+}
