@@ -12,6 +12,8 @@ typedef struct lsa_dump_opts {
     int64_t pool; /* 0: the teacher's index_topk */
     int64_t hidden_stride, dense_every, shard_bytes;
     bool no_stats, sim_fp8, sim_fp4;
+    int64_t host_budget; /* bytes of host memory; 0: this machine's. Not recorded: it changes nothing that is
+                            written */
 } lsa_dump_opts;
 lsa_dump_opts lsa_dump_defaults(void);
 

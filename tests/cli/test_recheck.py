@@ -88,9 +88,9 @@ def other_chunk(x, extra):
 
 try:
     ids = array.array("H", open("recipes/mini/train.u16", "rb").read(2 * 4096)).tolist()
-    docs = [ids[i * 420 : i * 420 + 330 + 20 * i] for i in range(5)]
+    docs = [ids[i * 420 : i * 420 + (90 + 10 * i if i < 4 else 330)] for i in range(5)]  # the last one selects: more than 64 chunks
     tokens = documents("docs.jsonl", docs)
-    rc, out = lsa("run", "--teacher", TEACHER, "--tokens", tokens, "--dense-every", "64", "--shard-bytes", "600K", "--out", f"{work}/shards")
+    rc, out = lsa("run", "--teacher", TEACHER, "--tokens", tokens, "--dense-every", "64", "--shard-bytes", "200K", "--out", f"{work}/shards")
     assert rc == 0, out
     shards = json.load(open(f"{work}/shards/manifest.json"))["shards"]
     assert len(shards) > 1 and shards[-1]["documents"] >= 1, shards
@@ -113,7 +113,7 @@ try:
         "keys/c1": (bit(-10), "index keys of layer c1"),
         "hidden/c2": (bit(-300), "numbers of hidden vectors of layer c2"),
         "labels/votes": (lambda x, e: x.__setitem__(-1, 3 - min(int(x[-1]), 2)), "vote counts"),
-        "stats/c1/chunk": (other_chunk, "1 of 410 rows of selected chunks of layer c1"),
+        "stats/c1/chunk": (other_chunk, "1 of 330 rows of selected chunks of layer c1"),
         "stats/c0/logit": (bit(-5), "native logits of layer c0"),
         "stats/c2/native_mass": (bit(-7), "native masses of layer c2"),
         "stats/c1/local_mass": (bit(-1), "masses of the window of layer c1"),
