@@ -25,13 +25,12 @@ static text size(double bytes) {
 
 static text span(double s) {
     text t;
-    snprintf(t.s, sizeof t.s,
-             s < 120    ? "%.0f s"
-             : s < 7200 ? "%.1f min"
-                        : "%.1f h",
-             s < 120    ? s
-             : s < 7200 ? s / 60
-                        : s / 3600);
+    if (s < 120)
+        snprintf(t.s, sizeof t.s, "%.3g s", s);
+    else if (s < 7200)
+        snprintf(t.s, sizeof t.s, "%.1f min", s / 60);
+    else
+        snprintf(t.s, sizeof t.s, "%.1f h", s / 3600);
     return t;
 }
 
