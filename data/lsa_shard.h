@@ -39,6 +39,7 @@ typedef struct lsa_shards_doc {
     int64_t first_position;
     int64_t n_hidden; /* hidden vectors */
     int32_t shard;
+    uint64_t token_xxh64; /* of its ids as i32 */
 } lsa_shards_doc;
 
 typedef struct lsa_shards lsa_shards;
@@ -74,6 +75,10 @@ LSA_NODISCARD lsa_status lsa_shards_stats(lsa_csr *out, const lsa_shards *s, int
                                           lsa_err *err);
 LSA_NODISCARD lsa_status lsa_shards_dense(lsa_csr *out, const lsa_shards *s, int64_t doc, lsa_csa_ord ord,
                                           lsa_err *err);
+
+/* Mass on the sliding window and on the sink, f16 [n_row] each. */
+LSA_NODISCARD lsa_status lsa_shards_local_mass(uint16_t **local, uint16_t **sink, const lsa_shards *s,
+                                               int64_t doc, lsa_csa_ord ord, lsa_err *err);
 
 /* Full check of a folder: sizes, XXH64 of files and datasets, CSR structure, ranges, votes <= n_csa, masses
  * in [0,1], native logits of the probe rows recomputed from keys. First fault wins. */

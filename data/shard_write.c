@@ -51,9 +51,6 @@ typedef struct joiner {
 /* Writes `name` as the concatenation of part(d) over the documents. */
 typedef const void *(*part_fn)(const lsa_doc_stats *d, int32_t ord, int64_t *rows);
 
-/* Object headers, groups and hashes of one layer take about 10 KiB. */
-#define LSA_HEAD_PER_LAYER (24 << 10)
-
 static lsa_status join(const joiner *j, const char *name, lsa_h5_type t, int64_t cols, part_fn part,
                        int32_t ord) {
     lsa_status st = LSA_OK;
@@ -290,7 +287,7 @@ lsa_status lsa_shard_seal(lsa_manifest_shard *out, const char *dir, const char *
     memset(out, 0, sizeof *out);
     LSA_TRY(lsa_path(path, err, "%s/%s", dir, file));
     snprintf(tmp, sizeof tmp, "%s.tmp", path);
-    LSA_TRY(lsa_h5_create(&h, tmp, (1 + info->n_csa) * LSA_HEAD_PER_LAYER, err));
+    LSA_TRY(lsa_h5_create(&h, tmp, (1 + info->n_csa) * LSA_SHARD_HEAD_PER_LAYER, err));
     joiner j = {h, docs, n, err};
     st = write_docs(&j, info);
     if (st == LSA_OK) st = write_layers(&j, info);

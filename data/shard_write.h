@@ -6,6 +6,10 @@
 #include "data/lsa_shard.h"
 #include "data/manifest.h"
 
+/* Room for HDF5's own structures: for each layer, and once more; objects and hashes of a layer take about 10
+ * KiB. */
+#define LSA_SHARD_HEAD_PER_LAYER (24 << 10)
+
 /* Statistics of one document. Every array is owned by the struct (lsa_free). Rows are all tokens, positions
  * 0..n_token-1. */
 typedef struct lsa_doc_stats {

@@ -4,12 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/dump/inputs.h"
+#include "data/dump/recheck.h"
 #include "data/dump/run.h"
 #include "data/dump/synth.h"
 #include "data/h5.h"
 #include "kernels/core/cli.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
+#include "kernels/core/num.h"
 
 /* Options of run and plan; teacher, tokens and out are required. */
 #define DUMP_OPTS(o)                                                                                         \
@@ -35,6 +38,8 @@
          "dense entries below this are summed into 'rest' (default 1e-4)"},                                  \
         {"shard-bytes", "SIZE", LSA_OPT_SIZE, &(o).shard_bytes,                                              \
          "a shard closes at the first document end past this size (default 256M)"},                          \
+        {"host-budget", "SIZE", LSA_OPT_SIZE, &(o).host_budget,                                              \
+         "refuse what may need more host memory (default: this machine's)"},                                 \
         {"sim-fp8", NULL, LSA_OPT_FLAG, &(o).sim_fp8, "simulate the fp8 KV cache"}, {                        \
         "sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"                              \
     }
@@ -45,13 +50,6 @@ static lsa_status check_device(const char *device, lsa_err *err) {
                      "--device %s: the teacher runs on the CPU only in this version; use --device cpu",
                      device);
     return LSA_OK;
-}
-
-static void print_plan_json(const lsa_dump_plan *p) {
-    printf(
-        "{\"documents\": %lld, \"tokens\": %lld, \"longest\": %lld, \"disk_bytes\": %lld, \"disk_free\": %lld, \"host_bytes\": %lld, \"tokens_per_s\": %.1f, \"seconds\": %.1f}\n",
-        (long long)p->documents, (long long)p->tokens, (long long)p->longest, (long long)p->disk_bytes,
-        (long long)p->disk_free, (long long)p->host_bytes, p->tokens_per_s, p->seconds);
 }
 
 static lsa_status need_inputs(const lsa_dump_opts *o, const char *out, lsa_err *err) {
@@ -77,31 +75,29 @@ static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
     lsa_status st = need_inputs(&o, out, err);
     if (st == LSA_OK) st = check_device(device, err);
     if (st == LSA_OK) st = lsa_dump_run(&o, out, dry, &plan, err);
-    if (st == LSA_OK && json) print_plan_json(&plan);
+    if (st == LSA_OK && json) st = lsa_dump_print_plan_json(&plan, true, err);
     return st;
 }
 
 static lsa_status cmd_plan(int argc, char **argv, lsa_err *err) {
     lsa_dump_opts o = lsa_dump_defaults();
-    const char *out = ".";
+    const char *out = ".", *lengths = NULL;
     bool json = false;
     const lsa_opt opts[] = {
         DUMP_OPTS(o),
+        {"lengths", "LIST", LSA_OPT_STR, &lengths,
+         "instead of --tokens: how many documents of how many tokens, like 200x16384,8x1048576"},
         {"out", "SHARDS", LSA_OPT_STR, &out, "folder whose disk is checked (default: here)"},
         {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
         {0}};
-    lsa_dump_plan plan;
     lsa_cli_parse(
-        "Say what a dump will take, from config.json and the documents; nothing is loaded or written.", "",
-        opts, argc, argv, NULL, 0);
-    lsa_status st = need_inputs(&o, out, err);
-    if (st == LSA_OK) st = lsa_dump_make_plan(&plan, &o, out, err);
-    if (st != LSA_OK) return st;
-    if (json)
-        print_plan_json(&plan);
-    else
-        lsa_dump_print_plan(&plan);
-    return st;
+        "Say what a dump will take, from config.json and the documents, and refuse what does not fit. Nothing is written; weights are loaded only to measure the speed, if they are there.",
+        "", opts, argc, argv, NULL, 0);
+    if (!o.teacher || !o.tokens == !lengths)
+        LSA_RET_FAIL(LSA_E_ARG, "--teacher and one of --tokens and --lengths are required; see --help");
+    if (lengths && (o.needs || o.documents))
+        LSA_RET_FAIL(LSA_E_ARG, "--needs and --documents belong to --tokens, not to --lengths");
+    return lsa_dump_plan_command(&o, lengths, out, json, err);
 }
 
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
@@ -135,17 +131,35 @@ static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
 
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
     const char *dir;
-    const lsa_opt opts[] = {{0}};
+    lsa_recheck_opts o = {.seed = -1};
+    lsa_manifest m = {0};
+    int64_t values = 0;
+    const lsa_opt opts[] = {
+        {"recheck", "N", LSA_OPT_I64, &o.n,
+         "also read N random documents through the teacher again and compare every stored number, bit for bit"},
+        {"seed", "N", LSA_OPT_I64, &o.seed, "which documents --recheck draws (default 1)"},
+        {"teacher", "DIR", LSA_OPT_STR, &o.teacher, "for --recheck, if the teacher was moved since the dump"},
+        {"tokens", "FILE", LSA_OPT_STR, &o.tokens, "the same for the token file"},
+        {"needs", "FILE", LSA_OPT_STR, &o.needs, "the same for the index of planted needs"},
+        {0}};
+    lsa_status st = LSA_OK;
     lsa_cli_parse(
         "Check a shard folder whole: hashes, structure, ranges, and native logits recomputed from the stored keys.",
         "SHARDS", opts, argc, argv, &dir, 1);
-    lsa_manifest m;
-    lsa_status st = lsa_shards_verify(dir, err);
-    if (st == LSA_OK) st = lsa_manifest_load(&m, dir, err);
-    if (st != LSA_OK) return st;
+    if (o.n < 0) LSA_FAIL(LSA_E_ARG, "--recheck must not be negative");
+    if (o.n == 0 && (o.seed >= 0 || o.teacher || o.tokens || o.needs))
+        LSA_FAIL(LSA_E_ARG, "--seed, --teacher, --tokens and --needs belong to --recheck N");
+    if (o.seed < 0) o.seed = 1;
+    LSA_TRY(lsa_shards_verify(dir, err));
+    LSA_TRY(lsa_manifest_load(&m, dir, err));
     printf("ok: %lld shards, %lld documents, %lld tokens%s\n", (long long)m.info.n_shard,
            (long long)m.info.n_doc, (long long)m.info.n_token,
            m.complete ? "" : " (incomplete: 'lsa-dump resume' goes on)");
+    if (o.n == 0) goto done;
+    LSA_TRY(lsa_dump_recheck(&values, dir, &o, err));
+    printf("ok: %lld documents (seed %lld) read again: %lld stored values equal, bit for bit\n",
+           (long long)lsa_min_i64(o.n, m.info.n_doc), (long long)o.seed, (long long)values);
+done:
     lsa_manifest_fini(&m);
     return st;
 }
