@@ -64,6 +64,7 @@ has 2 votes, must be in [3, 3] # d["label_scores"][7] = 2
 posix.system # d["x"] = evil
 posix.system # options["inner"] = evil
 builtins.eval # d["x"] = type("T", (), {"__reduce__": lambda s: (eval, ("1",))})()
+_codecs.encode # options["protocol"] = 2
 bytes without a storage # options["inner"] = 7
 bytes that do not hold exactly one storage # options["keys"] = 2
 EOF

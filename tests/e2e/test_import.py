@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Pickles and engine responses into shards: every value arrives, the shards verify, and an indexer learns from them."""
+import base64
 import json
 import os
 import shutil
@@ -154,6 +155,8 @@ def responses():
             for o in range(3):
                 c = rng.permutation((first + t + 1) // 4)[:k]
                 topk[t, o, : len(c)] = c
+        meta = json.loads(json.dumps({"indexer_topk": base64.b64encode(topk.tobytes()).decode()}))  # what SGLang answers
+        topk = np.frombuffer(base64.b64decode(meta["indexer_topk"]), np.int32).reshape(-1, 3, k)
         hidden = rng.normal(size=(rows, 3, fm.HIDDEN)).astype(np.float32)
         ids = rng.integers(0, 2048, n)
         keys = {f"index_keys.{o}": np.concatenate([rng.integers(0, 120, (n // 4, 128)).astype(np.uint8), np.full((n // 4, 1), 0.5, np.float32).view(np.uint8)], 1) for o in (0, 2)}
