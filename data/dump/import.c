@@ -24,7 +24,7 @@ typedef struct item {
     json_t *line; /* NULL: a pickle */
 } item;
 
-typedef struct import {
+typedef struct importer {
     const lsa_import_opts *o;
     const char *out;
     char *from[LSA_MULTI_MAX], *teacher; /* absolute */
@@ -32,10 +32,11 @@ typedef struct import {
     lsa_manifest m;
     LSA_VEC(lsa_doc_stats) open;
     int64_t open_bytes, skipped, top_k;
-    const char *kind; /* of hidden vectors */
+    const char *kind; /* of hidden vectors; NULL: none are kept */
     bool settled;     /* layers, label rule and kind are those of the first document */
+    bool keyless;     /* some hidden vectors were left out for want of keys */
     int lock;         /* -1 before anything is written */
-} import;
+} importer;
 
 lsa_import_opts lsa_import_defaults(void) {
     return (lsa_import_opts){
@@ -58,7 +59,7 @@ static lsa_status check_opts(const lsa_import_opts *o, lsa_err *err) {
     return LSA_OK;
 }
 
-static json_t *opts_to_json(const import *x) {
+static json_t *opts_to_json(const importer *x) {
     const lsa_import_opts *o = x->o;
     json_t *from = json_array();
     for (int i = 0; i < o->from.n; i++) json_array_append_new(from, json_string(x->from[i]));
@@ -107,7 +108,7 @@ static lsa_status copy_string(char **out, const char *s, lsa_err *err) {
     return st;
 }
 
-static lsa_status add_item(import *x, const char *label, json_t *line, lsa_err *err) {
+static lsa_status add_item(importer *x, const char *label, json_t *line, lsa_err *err) {
     lsa_status st = LSA_VEC_RESERVE(x->item, x->item.len + 1, err);
     if (st != LSA_OK) return st;
     item *i = &x->item.data[x->item.len];
@@ -123,7 +124,7 @@ static int by_label(const void *a, const void *b) {
     return strcmp(((const item *)a)->label, ((const item *)b)->label);
 }
 
-static lsa_status add_folder(import *x, const char *path, lsa_err *err) {
+static lsa_status add_folder(importer *x, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t before = x->item.len;
     char file[LSA_PATH_MAX];
@@ -141,7 +142,7 @@ done:
     return st;
 }
 
-static lsa_status add_lines(import *x, const char *path, lsa_err *err) {
+static lsa_status add_lines(importer *x, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t before = x->item.len;
     char *text = NULL, where[LSA_PATH_MAX + 32];
@@ -174,7 +175,7 @@ static lsa_status absolute(char **out, const char *path, lsa_err *err) {
     return copy_string(out, buf, err);
 }
 
-static lsa_status list_inputs(import *x, lsa_err *err) {
+static lsa_status list_inputs(importer *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     for (int i = 0; i < x->o->from.n; i++) {
         LSA_TRY(absolute(&x->from[i], x->o->from.v[i], err));
@@ -226,7 +227,7 @@ done:
     return st;
 }
 
-static lsa_status read_model(import *x, lsa_err *err) {
+static lsa_status read_model(importer *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_teacher_config c;
     lsa_shards_info *f = &x->m.info;
@@ -253,21 +254,31 @@ done:
 
 /* ---- documents ---- */
 
+/* Which tensor the hidden vectors are that the shards keep. */
+static const char *kept_kind(const importer *x, const lsa_import_doc *d) {
+    for (int32_t o = 0; o < x->m.info.n_csa; o++)
+        if (lsa_import_has(d, o)) return d->kind;
+    return NULL;
+}
+
 /* Layers, label rule and kind of hidden vectors are those of the first document; every other must agree. */
-static void settle(import *x, const lsa_import_doc *d) {
+static void settle(importer *x, const lsa_import_doc *d) {
     lsa_shards_info *f = &x->m.info;
-    for (int32_t o = 0; o < f->n_csa; o++) f->has_keys[o] = lsa_import_has(d, o);
+    for (int32_t o = 0; o < f->n_csa; o++) {
+        f->has_keys[o] = lsa_import_has(d, o);
+        x->keyless = x->keyless || (d->layer[o].hidden && !d->layer[o].key);
+    }
     if (d->top_k) { /* every selected entry is a vote: no prefix of the mass ever exceeds 1 */
         f->label_top_p = 1;
         f->label_pool = (int32_t)d->top_k;
         f->label_min_votes = 1;
     }
-    x->kind = d->kind;
+    x->kind = kept_kind(x, d);
     x->top_k = d->top_k;
     x->settled = true;
 }
 
-static lsa_status check_same(const import *x, const lsa_import_doc *d, lsa_err *err) {
+static lsa_status check_same(const importer *x, const lsa_import_doc *d, lsa_err *err) {
     const lsa_shards_info *f = &x->m.info;
     for (int32_t o = 0; o < f->n_csa; o++)
         if (f->has_keys[o] != lsa_import_has(d, o))
@@ -280,24 +291,25 @@ static lsa_status check_same(const import *x, const lsa_import_doc *d, lsa_err *
             LSA_E_FORMAT,
             "%s: labels by another rule than those of the documents before: a selection of %lld, before %lld (0: votes)",
             d->where, (long long)d->top_k, (long long)x->top_k);
-    if (!!d->kind != !!x->kind || (d->kind && strcmp(d->kind, x->kind)))
+    const char *kind = kept_kind(x, d);
+    if (!!kind != !!x->kind || (kind && strcmp(kind, x->kind)))
         LSA_RET_FAIL(LSA_E_FORMAT, "%s: hidden vectors are '%s', those of the documents before '%s'",
-                     d->where, d->kind ? d->kind : "none", x->kind ? x->kind : "none");
+                     d->where, kind ? kind : "none", x->kind ? x->kind : "none");
     return LSA_OK;
 }
 
-static lsa_status read_item(import *x, lsa_import_doc *d, const item *i, lsa_err *err) {
+static lsa_status read_item(importer *x, lsa_import_doc *d, const item *i, lsa_err *err) {
     if (!i->line) return lsa_import_pickle(d, i->label, &x->m.info, err);
     char dir[LSA_PATH_MAX];
     snprintf(dir, sizeof dir, "%.*s", (int)(strrchr(i->label, '/') - i->label), i->label);
     return lsa_import_line(d, i->line, dir, i->label, &x->m.info, err);
 }
 
-static lsa_status one_document(import *x, const item *i, lsa_err *err) {
+static lsa_status one_document(importer *x, const item *i, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_import_doc d;
     lsa_doc_stats s = {0};
-    const import before = *x;
+    const importer before = *x;
     LSA_TRY(read_item(x, &d, i, err));
     if (x->settled)
         LSA_TRY(check_same(x, &d, err));
@@ -318,7 +330,7 @@ done:
 /* ---- shards ---- */
 
 /* The folder comes into being with the first shard. */
-static lsa_status create(import *x, lsa_err *err) {
+static lsa_status create(importer *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     if (x->lock >= 0) return LSA_OK;
     LSA_TRY(lsa_mkdirs(x->out, err));
@@ -334,7 +346,7 @@ done:
     return st;
 }
 
-static lsa_status seal(import *x, int64_t last, lsa_err *err) {
+static lsa_status seal(importer *x, int64_t last, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_manifest_shard s;
     char file[64];
@@ -353,7 +365,7 @@ done:
 }
 
 /* What no recording of this kind holds, so that nobody looks for it later. */
-static void say_what_is_missing(const import *x) {
+static void say_what_is_missing(const importer *x) {
     const lsa_shards_info *f = &x->m.info;
     int32_t keyed = 0;
     for (int32_t o = 0; o < f->n_csa; o++) keyed += f->has_keys[o];
@@ -365,6 +377,9 @@ static void say_what_is_missing(const import *x) {
                  "index_keys.{ordinal} (data/IMPORT_FORMAT.md)");
     else
         lsa_info("keys and hidden vectors of %d of the model's %d CSA layers", keyed, f->n_csa);
+    if (x->keyless)
+        lsa_warn(
+            "hidden vectors of CSA layers without index keys were left out: nothing can be scored there");
     if (x->kind && strcmp(x->kind, "attn_norm"))
         lsa_warn(
             "hidden vectors are '%s', not the attention input after its norm: an indexer trained on them can "
@@ -375,7 +390,7 @@ static void say_what_is_missing(const import *x) {
                  f->label_min_votes, f->label_min_votes);
 }
 
-static lsa_status finish(import *x, lsa_err *err) {
+static lsa_status finish(importer *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     LSA_TRY(seal(x, x->item.len - 1, err));
     if (x->m.shard.len == 0)
@@ -392,7 +407,7 @@ done:
     return st;
 }
 
-static lsa_status loop(import *x, int64_t first, lsa_err *err) {
+static lsa_status loop(importer *x, int64_t first, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_progress p;
     const int64_t n = x->item.len;
@@ -426,7 +441,7 @@ done:
     return st;
 }
 
-static void import_fini(import *x) {
+static void import_fini(importer *x) {
     while (x->open.len) lsa_doc_stats_fini(&x->open.data[--x->open.len]);
     lsa_free(x->open.data);
     for (int64_t i = 0; i < x->item.len; i++) {
@@ -442,7 +457,7 @@ static void import_fini(import *x) {
 
 lsa_status lsa_import_run(const lsa_import_opts *o, const char *out, lsa_err *err) {
     lsa_status st = LSA_OK;
-import x = {.o = o, .out = out, .lock = - 1 };
+    importer x = {.o = o, .out = out, .lock = -1};
     LSA_TRY(check_opts(o, err));
     LSA_TRY(lsa_dump_check_fresh(out, err));
     LSA_TRY(read_model(&x, err));
@@ -462,7 +477,7 @@ lsa_status lsa_import_made(bool *yes, const char *out, lsa_err *err) {
 }
 
 /* Where the manifest says it goes on. */
-static lsa_status find_after(int64_t *first, const import *x, lsa_err *err) {
+static lsa_status find_after(int64_t *first, const importer *x, lsa_err *err) {
     const char *after = json_string_value(json_object_get(x->m.run, "after"));
     *first = 0;
     if (!after) return LSA_OK;
@@ -477,7 +492,7 @@ static lsa_status find_after(int64_t *first, const import *x, lsa_err *err) {
 
 /* The model read anew must be the one that the shards were made with; what the first document settled is
  * taken from the manifest. */
-static lsa_status restore(import *x, const lsa_manifest *old, lsa_err *err) {
+static lsa_status restore(importer *x, const lsa_manifest *old, lsa_err *err) {
     lsa_shards_info *f = &x->m.info;
     const lsa_shards_info *g = &old->info;
     if (f->teacher_hash != g->teacher_hash || f->n_csa != g->n_csa || f->hidden != g->hidden)
@@ -500,7 +515,7 @@ lsa_status lsa_import_resume(const char *out, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_import_opts o;
     lsa_manifest old = {0};
-import x = {.o = & o, .out = out, .lock = - 1 };
+    importer x = {.o = &o, .out = out, .lock = -1};
     int64_t first;
     LSA_TRY(lsa_lock_dir(&x.lock, out, err));
     LSA_TRY(lsa_manifest_load(&old, out, err));

@@ -187,6 +187,18 @@ def responses():
     run("lsa-dump", "verify", f"{work}/votes")
     assert read(f"{work}/votes")[1]["v"]["labels"] == [{1: 1}, {0: 3, 2: 2}]
     assert "hold keys of" in run("lsa-train", "run", "--recipe", "recipes/reference.yaml", "--data", f"{work}/votes", "--out", f"{work}/no", "--device", "cpu", code=2)
+    # hidden vectors without keys, as vLLM alone gives them: said, and left out
+    line = dict(lines[0], tensors=["0.topk.safetensors", "plain.safetensors"], hidden="layer_output")
+    save_file({"hidden_states": np.ones((rows, 3, fm.HIDDEN), np.float32)}, f"{work}/resp/plain.safetensors")
+    open(f"{work}/resp/plain.jsonl", "w").write(json.dumps(line))
+    text = run("lsa-dump", "import", "--from", f"{work}/resp/plain.jsonl", "--teacher", f"{work}/model", "--out", f"{work}/plain")
+    assert "without index keys were left out" in text and "layer_output" not in text, text
+    line["tensors"].append("1.keys.safetensors")
+    save_file(truth["request-0"][3], f"{work}/resp/1.keys.safetensors")
+    open(f"{work}/resp/plain.jsonl", "w").write(json.dumps(line))
+    text = run("lsa-dump", "import", "--from", f"{work}/resp/plain.jsonl", "--teacher", f"{work}/model", "--out", f"{work}/output")
+    assert "'layer_output', not the attention input" in text, text
+    assert "hidden vectors: layer_output" in run("lsa-dump", "info", f"{work}/output")
     print(f"responses: {len(docs)} documents, every value")
 
 
