@@ -187,6 +187,11 @@ def responses():
     run("lsa-dump", "verify", f"{work}/votes")
     assert read(f"{work}/votes")[1]["v"]["labels"] == [{1: 1}, {0: 3, 2: 2}]
     assert "hold keys of" in run("lsa-train", "run", "--recipe", "recipes/reference.yaml", "--data", f"{work}/votes", "--out", f"{work}/no", "--device", "cpu", code=2)
+    # with the weights at hand, the shards are known as those of the same teacher
+    open(f"{work}/short.jsonl", "w").write(json.dumps({"tokens": list(range(1, 41))}))
+    run("lsa-dump", "run", "--teacher", "recipes/mini/teacher", "--tokens", f"{work}/short.jsonl", "--out", f"{work}/dumped")
+    run("lsa-dump", "import", "--from", f"{work}/resp/votes.jsonl", "--teacher", "recipes/mini/teacher", "--out", f"{work}/known", "--min-votes", "1")
+    assert read(f"{work}/known")[0]["teacher"] == json.load(open(f"{work}/dumped/manifest.json"))["teacher"] != read(f"{work}/votes")[0]["teacher"]
     # hidden vectors without keys, as vLLM alone gives them: said, and left out
     line = dict(lines[0], tensors=["0.topk.safetensors", "plain.safetensors"], hidden="layer_output")
     save_file({"hidden_states": np.ones((rows, 3, fm.HIDDEN), np.float32)}, f"{work}/resp/plain.safetensors")
