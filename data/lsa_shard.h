@@ -25,9 +25,10 @@ typedef struct lsa_shards_info {
     lsa_layer_id csa_id[LSA_MAX_CSA]; /* layer id per ordinal */
     bool has_keys[LSA_MAX_CSA];       /* keys and hidden vectors stored for this ordinal? */
     bool has_stats, has_dense;
-    lsa_rope rope;      /* compressed layers */
-    double label_top_p; /* votes: smallest prefix of the softmax over the pool with mass > top_p */
-    int32_t label_pool; /* pool: this many largest native logits */
+    lsa_rope rope;           /* compressed layers */
+    double label_top_p;      /* votes: smallest prefix of the softmax over the pool with mass > top_p */
+    int32_t label_pool;      /* pool: this many largest native logits */
+    int32_t label_min_votes; /* chunks with fewer votes were left out (imports); 1 or 0: none were */
     int64_t n_doc, n_token, n_row, n_shard;
 } lsa_shards_info;
 

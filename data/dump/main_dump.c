@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/dump/import.h"
 #include "data/dump/inputs.h"
 #include "data/dump/recheck.h"
 #include "data/dump/run.h"
@@ -103,9 +104,41 @@ static lsa_status cmd_plan(int argc, char **argv, lsa_err *err) {
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
     const char *dir;
     const lsa_opt opts[] = {{0}};
-    lsa_cli_parse("Go on with an interrupted dump from its last sealed shard.", "SHARDS", opts, argc, argv,
-                  &dir, 1);
-    return lsa_dump_resume(dir, err);
+    bool imported;
+    lsa_cli_parse("Go on with an interrupted dump or import from its last sealed shard.", "SHARDS", opts,
+                  argc, argv, &dir, 1);
+    const lsa_status st = lsa_import_made(&imported, dir, err);
+    if (st != LSA_OK) return st;
+    return imported ? lsa_import_resume(dir, err) : lsa_dump_resume(dir, err);
+}
+
+static lsa_status cmd_import(int argc, char **argv, lsa_err *err) {
+    lsa_import_opts o = lsa_import_defaults();
+    const char *out = NULL;
+    const lsa_opt opts[] = {
+        {"from", "SOURCE", LSA_OPT_MULTI, &o.from,
+         "folder of FlashMemory doc_*.pkl, one such file, or an lsa-import/1 .jsonl; may be repeated"},
+        {"teacher", "DIR", LSA_OPT_STR, &o.teacher,
+         "folder with config.json of the recorded model (its weights are not needed)"},
+        {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
+        {"top-p", "P", LSA_OPT_F64, &o.top_p, "label rule of recorded votes: prefix mass (default 0.6)"},
+        {"pool", "N", LSA_OPT_I64, &o.pool, "label rule of recorded votes: pool (default: index_topk)"},
+        {"min-votes", "N", LSA_OPT_I64, &o.min_votes,
+         "label rule of recorded votes: chunks with fewer were not recorded (default 3)"},
+        {"hidden-stride", "N", LSA_OPT_I64, &o.hidden_stride,
+         "keep hidden vectors of every Nth token (default 1, what reference mode needs)"},
+        {"skip-bad", NULL, LSA_OPT_FLAG, &o.skip_bad,
+         "leave out documents that fail a check, naming each, instead of stopping at the first"},
+        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &o.shard_bytes, "as in run (default 256M)"},
+        {0}};
+    lsa_cli_parse(
+        "Make shards of what other tools recorded: FlashMemory pickles (read without Python, nothing in them is "
+        "run), or engine responses laid out as data/IMPORT_FORMAT.md says. They hold votes, not /stats: train on "
+        "them with recipes/reference.yaml, or with loss.kind focal or bce.",
+        "", opts, argc, argv, NULL, 0);
+    if (o.from.n == 0 || !o.teacher || !out)
+        LSA_RET_FAIL(LSA_E_ARG, "--from, --teacher and --out are required; see --help");
+    return lsa_import_run(&o, out, err);
 }
 
 static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
@@ -176,12 +209,12 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < m.shard.len; i++) bytes += m.shard.data[i].bytes;
     if (json) {
-        json_t *o = json_pack("{s:s, s:b, s:I, s:I, s:I, s:I, s:i, s:i, s:i, s:b, s:b, s:f, s:i}", "teacher",
-                              f->teacher, "complete", m.complete, "shards", (json_int_t)f->n_shard,
+        json_t *o = json_pack("{s:s, s:b, s:I, s:I, s:I, s:I, s:i, s:i, s:i, s:b, s:b, s:f, s:i, s:i}",
+                              "teacher", f->teacher, "complete", m.complete, "shards", (json_int_t)f->n_shard,
                               "documents", (json_int_t)f->n_doc, "tokens", (json_int_t)f->n_token, "bytes",
                               (json_int_t)bytes, "csa_layers", f->n_csa, "hidden", f->hidden, "hidden_stride",
                               f->hidden_stride, "has_stats", f->has_stats, "has_dense", f->has_dense, "top_p",
-                              f->label_top_p, "pool", f->label_pool);
+                              f->label_top_p, "pool", f->label_pool, "min_votes", f->label_min_votes);
         char *text = o ? json_dumps(o, 0) : NULL;
         if (text)
             puts(text);
@@ -197,8 +230,15 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
             "teacher    %s (%s)\nstate      %s\nshards     %lld, %.1f MiB\ndocuments  %lld\ntokens     %lld\nhidden     %d wide, every %d tokens\n",
             f->teacher, hex, m.complete ? "complete" : "incomplete", (long long)f->n_shard,
             (double)bytes / 0x1p20, (long long)f->n_doc, (long long)f->n_token, f->hidden, f->hidden_stride);
-        printf("votes      top-p %g over the %d highest logits\nstatistics %s%s\nlayers    ", f->label_top_p,
-               f->label_pool, f->has_stats ? "native" : "none", f->has_dense ? " and dense" : "");
+        printf("votes      top-p %g over the %d highest logits", f->label_top_p, f->label_pool);
+        if (f->label_min_votes > 1) printf(", chunks with at least %d", f->label_min_votes);
+        if (json_object_get(m.run, "import")) {
+            const char *kind = json_string_value(json_object_get(m.run, "hidden"));
+            printf("\nimported   %lld labelled tokens, hidden vectors: %s", (long long)f->n_row,
+                   kind ? kind : "none");
+        }
+        printf("\nstatistics %s%s\nlayers    ", f->has_stats ? "native" : "none",
+               f->has_dense ? " and dense" : "");
         for (int32_t o = 0; o < f->n_csa; o++)
             printf(" c%d=%d%s", o, f->csa_id[o].v, f->has_keys[o] ? "" : " (votes only)");
         printf("\n");
@@ -210,7 +250,8 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
 int main(int argc, char **argv) {
     static const lsa_subcommand subs[] = {
         {"run", "read documents through a teacher, write shards", cmd_run},
-        {"resume", "go on with an interrupted run", cmd_resume},
+        {"resume", "go on with an interrupted run or import", cmd_resume},
+        {"import", "make shards of FlashMemory pickles or engine responses", cmd_import},
         {"synth", "shards of a made-up teacher with known golden chunks", cmd_synth},
         {"plan", "what a run will take", cmd_plan},
         {"verify", "check a shard folder", cmd_verify},

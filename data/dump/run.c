@@ -96,21 +96,21 @@ static lsa_status open_teacher(dump *d, lsa_err *err) {
 }
 
 /* *.tmp is garbage by definition; a shard that the manifest does not name was sealed but not recorded. */
-static lsa_status clean(const dump *d, lsa_err *err) {
+lsa_status lsa_dump_clean(const lsa_manifest *m, const char *out, lsa_err *err) {
     lsa_status st = LSA_OK;
-    DIR *dir = opendir(d->out);
-    if (!dir) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s': %s", d->out, strerror(errno));
+    DIR *dir = opendir(out);
+    if (!dir) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s': %s", out, strerror(errno));
     for (struct dirent *e; (e = readdir(dir));) {
         size_t n = strlen(e->d_name);
         bool junk = n > 4 && !strcmp(e->d_name + n - 4, ".tmp");
         if (!strncmp(e->d_name, "shard_", 6) && n > 3 && !strcmp(e->d_name + n - 3, ".h5")) {
             junk = true;
-            for (int64_t i = 0; i < d->m.shard.len; i++)
-                junk = junk && strcmp(e->d_name, d->m.shard.data[i].file);
+            for (int64_t i = 0; i < m->shard.len; i++)
+                junk = junk && strcmp(e->d_name, m->shard.data[i].file);
         }
         if (!junk) continue;
         char path[LSA_PATH_MAX];
-        LSA_TRY(lsa_path(path, err, "%s/%s", d->out, e->d_name));
+        LSA_TRY(lsa_path(path, err, "%s/%s", out, e->d_name));
         LSA_TRY(lsa_remove_tree(path, err));
     }
 done:
@@ -130,7 +130,7 @@ static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     if (first < n_doc)
         LSA_TRY(lsa_dump_measure(plan, d->session, &d->in, lsa_docs_at(d->in.docs, first), first, err));
     lsa_dump_log_plan(plan);
-    LSA_TRY(clean(d, err));
+    LSA_TRY(lsa_dump_clean(&d->m, d->out, err));
     lsa_progress_begin(&d->progress, "dump", "tokens", (double)plan->tokens, (double)d->done_tokens);
     for (int64_t i = first; i < n_doc; i++) {
         LSA_TRY(one_document(d, lsa_docs_at(d->in.docs, i), err));
@@ -163,7 +163,7 @@ static lsa_status absolute(char out[LSA_PATH_MAX], const char *path, lsa_err *er
 
 /* A folder that `run` may fill: no manifest, and no shards that lost theirs (they would be taken for
  * garbage). */
-static lsa_status check_fresh(const char *out, lsa_err *err) {
+lsa_status lsa_dump_check_fresh(const char *out, lsa_err *err) {
     lsa_status st = LSA_OK;
     char path[LSA_PATH_MAX];
     DIR *dir = NULL;
@@ -195,7 +195,7 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, l
     int lock = -1;
     char abs[3][LSA_PATH_MAX];
     memset(plan, 0, sizeof *plan);
-    if (!dry_run) LSA_TRY(check_fresh(out, err));
+    if (!dry_run) LSA_TRY(lsa_dump_check_fresh(out, err));
     LSA_TRY(absolute(abs[0], o->teacher, err));
     LSA_TRY(absolute(abs[1], o->tokens, err));
     if (o->needs) LSA_TRY(absolute(abs[2], o->needs, err));
@@ -209,7 +209,7 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, l
     }
     LSA_TRY(lsa_mkdirs(out, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
-    LSA_TRY(check_fresh(out, err)); /* again, now that nobody else can start */
+    LSA_TRY(lsa_dump_check_fresh(out, err)); /* again, now that nobody else can start */
     fill_info(&d.m.info, &d);
     const char *const paths[3] = {abs[0], abs[1], o->needs ? abs[2] : NULL};
     d.m.run = lsa_dump_opts_to_json(o, paths, lsa_docs_hash(d.in.docs), lsa_docs_count(d.in.docs));

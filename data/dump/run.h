@@ -13,4 +13,9 @@ LSA_NODISCARD lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, b
                                       lsa_dump_plan *plan, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_dump_resume(const char *out, lsa_err *err);
 
+/* A folder that may be filled: LSA_E_ARG if it holds a manifest, or shards without one. */
+LSA_NODISCARD lsa_status lsa_dump_check_fresh(const char *out, lsa_err *err);
+/* Removes what a killed writer left in `out`: temporary files, and shards that the manifest does not name. */
+LSA_NODISCARD lsa_status lsa_dump_clean(const lsa_manifest *m, const char *out, lsa_err *err);
+
 #endif
