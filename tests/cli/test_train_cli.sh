@@ -30,8 +30,13 @@ if grep -q "assumed" "$work/out"; then bad "one GPU needs no assumption about co
 expect 0 "this build refuses more than one GPU" "${estimate[@]}" gpus=8 --set optim.zero1=true
 [ "$(grep -c "between GPUs.*assumed" "$work/out")" = 2 ] || bad "communication is not marked as assumed"
 expect 0 "communication_share" "${estimate[@]}" gpus=8 --json
-"$python" -c "import json, sys; e = json.load(open(sys.argv[1])); assert e['from']['reduce'] == 'assumed' and 0 < e['communication_share'] < 1 and
-abs(sum(e['ms'].values()) - e['step_ms']) < 1e-6" "$work/out" || bad "config --estimate --json"
+"$python" - "$work/out" <<'PY' ||
+import json, sys
+e = json.load(open(sys.argv[1]))
+assert e["from"]["reduce"] == "assumed" and 0 < e["communication_share"] < 1
+assert abs(sum(e["ms"].values()) - e["step_ms"]) < 1e-6
+PY
+    bad "config --estimate --json"
 expect 2 "unknown key 'gpu'" "${estimate[@]}" gpu=8
 expect 2 "data.virtual_shards=9" "${estimate[@]}" gpus=3
 expect 2 "go with --estimate" "$bin/lsa-train" config --json
