@@ -143,7 +143,7 @@ static void test_monotonic(void **state) {
     const char *const slower[] = {"gpus=16,nodes=2", "gpus=16,nodes=2,net=100", "gpus=16,nodes=2,net=25"};
     for (int i = 0; i < 2; i++)
         assert_true(estimate(&r, slower[i]).step_ms < estimate(&r, slower[i + 1]).step_ms);
-    double before = INFINITY, shared = -1;
+    double before = 1e9, shared = -1;
     for (int64_t w = 1; w <= 8; w *= 2) { /* the same work on more GPUs: less for each, more to say */
         char text[32];
         snprintf(text, sizeof text, "gpus=%lld", (long long)w);
