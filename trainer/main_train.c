@@ -25,13 +25,13 @@ typedef struct ranks {
 } ranks;
 #define RANKS_DEFAULT                                                                                        \
     { "auto", 20, NULL }
-#define RANKS_OPTS(r)                                                                                        \
-    {"ranks", "KIND", LSA_OPT_STR, &(r).kind,                                                                \
-     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi "  \
-     "(default auto)"},                                                                                      \
-    {                                                                                                        \
-        "deadline", "S", LSA_OPT_F64, &(r).deadline,                                                         \
-            "seconds after which a rank that is silent or does not move ends the run (default 20)"           \
+#define RANKS_OPTS(r)                                                                                                                      \
+    {"ranks", "KIND", LSA_OPT_STR, &(r).kind,                                                                                              \
+     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi "                                \
+     "(default auto)"},                                                                                                                    \
+    {                                                                                                                                      \
+        "deadline", "S", LSA_OPT_F64, &(r).deadline,                                                                                       \
+            "seconds after which a rank that is silent or does not move ends the run; six times as long to meet at the start (default 20)" \
     }
 
 static const char *variable(const char *name) {
