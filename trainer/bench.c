@@ -16,6 +16,7 @@
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
 #include "kernels/cpu/topk.h"
+#include "trainer/device.h"
 #include "trainer/resident.h"
 
 enum { DOCS = 2, REPEATS = 5, POSITIVES = 512 };
@@ -32,6 +33,7 @@ typedef struct setup {
     uint8_t *block[DOCS];
     lsa_gpu_row *row;
     lsa_rng rng;
+    int rank, size;
 } setup;
 
 lsa_status lsa_bench_default(lsa_bench *b, lsa_err *err) {
@@ -123,11 +125,13 @@ static lsa_status open_setup(setup *x, const lsa_bench *b, const char *device, l
     lsa_status st = LSA_OK;
     memset(x, 0, sizeof *x);
     x->b = b;
-    x->rng = lsa_rng_make(7, 7);
+    x->rank = b->comm ? lsa_comm_rank(b->comm) : 0;
+    x->size = b->comm ? lsa_comm_size(b->comm) : 1;
+    x->rng = lsa_rng_make(7, 7 + (uint64_t)x->rank);
     x->n_window = 256;
     make_geom(&x->g, b);
     LSA_TRY(lsa_indexer_geom_check(&x->g, err));
-    LSA_TRY(lsa_ctx_create(&x->ctx, device, err));
+    LSA_TRY(lsa_device_open(&x->ctx, device, b->comm, err));
     if (lsa_ctx_kind(x->ctx) != LSA_BACKEND_CUDA)
         LSA_FAIL(LSA_E_DEVICE, "bench measures the GPU step: %s has none", lsa_ctx_describe(x->ctx));
     x->n_param = lsa_indexer_n_param(&x->g);
@@ -159,6 +163,8 @@ static lsa_status open_train(setup *x, int64_t batch, bool poison, lsa_err *err)
     if (r.micro_batch > batch) r.micro_batch = 0;
     x->o = lsa_resident_options(&r, DOCS, x->b->chunks);
     x->o.poison = poison;
+    x->o.comm = x->b->comm && !lsa_comm_is_self(x->b->comm) ? x->b->comm : NULL;
+    x->o.no_overlap = x->b->no_overlap;
     lsa_gpu_destroy(x->step);
     x->step = NULL;
     LSA_TRY(lsa_gpu_create(&x->step, x->ctx, &x->g, &x->o, x->params, NULL, NULL, 0, err));
@@ -406,7 +412,7 @@ done:
 static lsa_status print_stages(setup *x, lsa_err *err) {
     lsa_gpu_times t;
     lsa_status st = lsa_gpu_stage_times(x->step, 9, &t, err);
-    if (st != LSA_OK) return st;
+    if (st != LSA_OK || x->rank > 0) return st;
     printf("{\"bench\": \"stages\", \"batch\": %lld", (long long)x->o.batch);
     for (int32_t i = 0; i < t.n; i++) printf(", \"%s\": %.4f", t.name[i], t.ms[i]);
     static const char *const way[] = {"forward", "backward"};
@@ -427,14 +433,15 @@ lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err)
     lsa_gpu_result first, last = {0};
     float *grad = NULL;
     LSA_TRY(open_setup(&x, b, device, err));
-    if (b->verify) LSA_TRY(verify(&x, err));
+    const bool judged = b->verify && x.size == 1;
+    if (judged) LSA_TRY(verify(&x, err));
     if (b->steps == 0) goto done;
     LSA_TRY(open_train(&x, b->r.batch, false, err));
     LSA_TRY(LSA_NEW(grad, x.n_param, err));
     LSA_TRY(
         run_steps(&x, 1, &epoch, &seconds, &first, err)); /* the graph that is timed, from known weights */
     LSA_TRY(lsa_gpu_peek(x.step, NULL, NULL, NULL, NULL, NULL, grad, err));
-    if (b->verify && x.o.hard_share == 0)
+    if (judged && x.o.hard_share == 0)
         LSA_TRY(judge(&x, "cpu", b->r.batch, grad, &first, err)); /* cpu is judged by ref: tests/ops */
     LSA_TRY(run_steps(&x, 5, &epoch, &seconds, &last, err));
     LSA_TRY(lsa_gpu_memory(x.step, &free_bytes, &total, err));
@@ -450,17 +457,21 @@ lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err)
     const double bytes = 38 * P + (x.o.sampled ? 132 * B * N * L : 132 * N * L),
                  flops = 4 * B * P + 2 * B * L * H * 128 * (double)b->rank + 6 * B * N * H * 128 * L;
     const double floor_s = bytes / copy + flops / flop;
+    if (x.rank > 0) goto stages;
     printf(
-        "{\"bench\": \"train\", \"device\": \"%s\", \"layers\": %lld, \"heads\": %lld, \"rank\": %lld, \"batch\": %lld, \"candidates\": %.0f, "
+        "{\"bench\": \"train\", \"device\": \"%s\", \"gpus\": %d, \"nccl\": %s, \"exchange\": \"%s\", \"zero1\": %s, \"overlap\": %s, \"layers\": %lld, \"heads\": %lld, \"rank\": %lld, \"batch\": %lld, \"candidates\": %.0f, "
         "\"sampled\": %s, \"ms\": %.4f, \"ms_min\": %.4f, \"ms_max\": %.4f, \"windows_per_s\": %.0f, \"tflop_per_s\": %.1f, \"gb_per_s\": %.1f, "
         "\"copy_gb_per_s\": %.0f, \"bf16_tflop_per_s\": %.0f, \"floor_ms\": %.4f, \"of_floor\": %.3f, \"gpu_mib_without_pool\": %.0f, "
         "\"loss\": %.6g, \"grad_norm\": %.6g, \"checksum\": \"%016llx\"}\n",
-        lsa_ctx_describe(x.ctx), (long long)b->layers, (long long)b->heads, (long long)b->rank,
-        (long long)b->r.batch, N, x.o.sampled ? "true" : "false", 1e3 * s, 1e3 * t[0], 1e3 * t[REPEATS - 1],
-        B / s, flops / s / 1e12, bytes / s / 1e9, copy / 1e9, flop / 1e12, 1e3 * floor_s, floor_s / s,
+        lsa_ctx_describe(x.ctx), x.size, x.o.comm ? "true" : "false", x.o.bf16_gradients ? "bf16" : "f32",
+        x.o.sharded ? "true" : "false", b->no_overlap ? "false" : "true", (long long)b->layers,
+        (long long)b->heads, (long long)b->rank, (long long)b->r.batch, N, x.o.sampled ? "true" : "false",
+        1e3 * s, 1e3 * t[0], 1e3 * t[REPEATS - 1], x.size * B / s, flops / s / 1e12, bytes / s / 1e9,
+        copy / 1e9, flop / 1e12, 1e3 * floor_s, floor_s / s,
         (double)(total - free_bytes - x.pool_bytes) / 1048576.0, last.loss, last.grad_norm,
         (unsigned long long)lsa_xxh64(grad, (size_t)x.n_param * sizeof *grad));
     fflush(stdout);
+stages:
     if (b->stages) LSA_TRY(print_stages(&x, err));
 done:
     lsa_free(grad);

@@ -3,6 +3,7 @@
 #ifndef LSA_TRAINER_BENCH_H
 #define LSA_TRAINER_BENCH_H
 
+#include "kernels/comm/comm.h"
 #include "kernels/core/lsa_status.h"
 #include "trainer/recipe_keys.h"
 
@@ -10,16 +11,19 @@ typedef struct lsa_bench {
     int64_t layers, heads, rank, hidden, candidates, chunks; /* chunks: of a document */
     int64_t steps;                                           /* timed in each of 5 repeats */
     bool verify, stages;
-    lsa_recipe r; /* loss, sampling, precision, moments */
+    lsa_comm *comm;  /* borrowed; ranks of several GPUs, each with windows of its own. NULL: one GPU */
+    bool no_overlap; /* gradients are exchanged only after the backward pass */
+    lsa_recipe r;    /* loss, sampling, precision, moments */
 } lsa_bench;
 
 /* The recipe of the published trainer's best indexer, 8 layers, 128 heads, rank 2048, 2,048 candidates,
  * focal. */
 LSA_NODISCARD lsa_status lsa_bench_default(lsa_bench *b, lsa_err *err);
 
-/* One JSON line on stdout a case. Training with b->r.batch windows a step; verify compares loss and gradient
- * of two windows with `ref` and those of a whole batch of the timed graph with `cpu`, and fails with
- * LSA_E_NUMERIC beyond the tolerance. */
+/* One JSON line on stdout a case, of rank 0. Training with b->r.batch windows a step; verify compares loss
+ * and gradient of two windows with `ref` and those of a whole batch of the timed graph with `cpu`, and fails
+ * with LSA_E_NUMERIC beyond the tolerance (one rank only: with more, tests/gpu/test_gpu_ranks.sh compares
+ * runs). */
 LSA_NODISCARD lsa_status lsa_bench_train(const lsa_bench *b, const char *device, lsa_err *err);
 /* Evaluation of b->r.batch windows against all chunks of a document; verify compares the metrics of eight of
  * them with the `cpu` column. */

@@ -71,7 +71,7 @@ static lsa_status rate(double *windows_per_s, double *first_s, int64_t *data_byt
     for (int64_t d = 0; d < lsa_source_n_train(t.s); d++) *data_bytes += lsa_source_doc_bytes(t.s, d);
     LSA_TRY(LSA_NEW(t.params, lsa_indexer_n_param(&t.g), err));
     lsa_indexer_init_random(t.params, &t.g, 1);
-    LSA_TRY(lsa_resident_create(&t.x, ctx, t.s, t.o, &r, &t.g, t.params, NULL, NULL, 0, err));
+    LSA_TRY(lsa_resident_create(&t.x, ctx, NULL, t.s, t.o, &r, &t.g, t.params, NULL, NULL, 0, err));
     const double t0 = lsa_now_s();
     LSA_TRY(lsa_resident_launch(t.x, &c, 0, err));
     LSA_TRY(lsa_resident_take(t.x, &res, err));

@@ -177,30 +177,37 @@ int lsa_eval_bin(int64_t n_token) {
     return bin;
 }
 
-/* All windows of one document, added to row [e->n]. */
-static lsa_status score_document(lsa_scores *row, const lsa_eval *e, lsa_trainer *t, lsa_comm *comm,
-                                 lsa_source *s, const lsa_recipe *r, const lsa_indexer_geom *g, int64_t doc,
+typedef struct scorer {
+    lsa_trainer *t;
+    lsa_comm *comm;
+    lsa_source *s;
+    const lsa_recipe *r;
+    const lsa_indexer_geom *g;
+} scorer;
+
+static lsa_status score_document(void *user, lsa_scores *row, const lsa_eval *e, int64_t doc,
                                  int64_t n_window, lsa_err *err) {
     lsa_status st = LSA_OK;
+    const scorer *const x = user;
     lsa_batch b = {0};
     const lsa_train_doc *d;
     float *z = NULL;
     int64_t cap = 0;
     for (int64_t w = 0; w < n_window; w += GROUP) {
         const int64_t m = lsa_min_i64(GROUP, n_window - w);
-        if (comm) lsa_comm_tick(comm, "evaluating");
-        if (comm) LSA_TRY(lsa_comm_check(comm, err));
-        LSA_TRY(lsa_batch_document(&b, s, doc, w, m, g, err));
-        const int64_t need = g->n_layer * m * b.n;
+        if (x->comm) lsa_comm_tick(x->comm, "evaluating");
+        if (x->comm) LSA_TRY(lsa_comm_check(x->comm, err));
+        LSA_TRY(lsa_batch_document(&b, x->s, doc, w, m, x->g, err));
+        const int64_t need = x->g->n_layer * m * b.n;
         if (need > cap) {
             lsa_free(z);
             z = NULL;
             LSA_TRY(LSA_NEW(z, need, err));
             cap = need;
         }
-        LSA_TRY(lsa_trainer_score(t, &b, z, err));
-        LSA_TRY(lsa_source_get(&d, s, doc, err));
-        LSA_TRY(group_scores(row, e, &b, d, s, r, w, z, err));
+        LSA_TRY(lsa_trainer_score(x->t, &b, z, err));
+        LSA_TRY(lsa_source_get(&d, x->s, doc, err));
+        LSA_TRY(group_scores(row, e, &b, d, x->s, x->r, w, z, err));
     }
 done:
     lsa_batch_fini(&b);
@@ -208,15 +215,14 @@ done:
     return st;
 }
 
-lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_comm *comm, lsa_source *s, const lsa_recipe *r,
-                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
+lsa_status lsa_eval_documents(lsa_eval *e, lsa_comm *comm, lsa_source *s, int64_t first, int64_t last,
+                              lsa_eval_document *score, void *user, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int rank = comm ? lsa_comm_rank(comm) : 0, size = comm ? lsa_comm_size(comm) : 1;
     const int64_t n_doc = last - first;
     int64_t *n_window = NULL, *next = NULL, block = 0, mine = 0;
     int32_t *to = NULL;
     lsa_scores *own = NULL, *all = NULL; /* [documents of a rank][e->n]; the same of every rank */
-    lsa_eval_begin(e, s, g);
     LSA_TRY(LSA_NEW(n_window, n_doc, err));
     LSA_TRY(LSA_NEW(to, n_doc, err));
     LSA_TRY(LSA_NEW(next, size, err));
@@ -226,8 +232,7 @@ lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_comm *comm, lsa_source 
     LSA_TRY(LSA_NEW(own, block * e->n, err));
     LSA_TRY(LSA_NEW(all, size * block * e->n, err));
     for (int64_t i = 0; i < n_doc; i++)
-        if (to[i] == rank)
-            LSA_TRY(score_document(own + e->n * mine++, e, t, comm, s, r, g, first + i, n_window[i], err));
+        if (to[i] == rank) LSA_TRY(score(user, own + e->n * mine++, e, first + i, n_window[i], err));
     const int64_t bytes = block * e->n * (int64_t)sizeof *own;
     if (comm)
         LSA_TRY(lsa_comm_all_gather(comm, own, all, bytes, err));
@@ -247,6 +252,13 @@ done:
     lsa_free(own);
     lsa_free(all);
     return st;
+}
+
+lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_comm *comm, lsa_source *s, const lsa_recipe *r,
+                        const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
+    scorer x = {t, comm, s, r, g};
+    lsa_eval_begin(e, s, g);
+    return lsa_eval_documents(e, comm, s, first, last, score_document, &x, err);
 }
 
 static double captured(const lsa_scores *s, int b) {

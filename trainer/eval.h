@@ -39,9 +39,16 @@ void lsa_eval_begin(lsa_eval *e, const lsa_source *s,
                     const lsa_indexer_geom *g); /* rows named, nothing counted */
 int lsa_eval_bin(int64_t n_token);              /* index of by_length */
 
-/* Documents [first, last) of the source. Candidates are the evictable chunks if the recipe excludes resident
- * ones. Documents are dealt to the ranks of comm (NULL: one) and their scores added in the documents' order:
- * every number of ranks gives every rank the same bits. */
+/* All windows of one document, added to row [e->n]. */
+typedef lsa_status lsa_eval_document(void *user, lsa_scores *row, const lsa_eval *e, int64_t doc,
+                                     int64_t n_window, lsa_err *err);
+/* Documents [first, last) of the source into a begun evaluation: dealt to the ranks of comm (NULL: one), and
+ * their scores added in the documents' order, so that every number of ranks gives every rank the same bits.
+ */
+LSA_NODISCARD lsa_status lsa_eval_documents(lsa_eval *e, lsa_comm *comm, lsa_source *s, int64_t first,
+                                            int64_t last, lsa_eval_document *score, void *user, lsa_err *err);
+
+/* The same by a trainer. Candidates are the evictable chunks if the recipe excludes resident ones. */
 LSA_NODISCARD lsa_status lsa_evaluate(lsa_eval *out, lsa_trainer *t, lsa_comm *comm, lsa_source *s,
                                       const lsa_recipe *r, const lsa_indexer_geom *g, int64_t first,
                                       int64_t last, lsa_err *err);

@@ -183,6 +183,33 @@ static lsa_status cmd_config(int argc, char **argv, lsa_err *err) {
     return st;
 }
 
+static void all_candidates(lsa_bench *b) {
+    b->r.candidates = LSA_CAND_ALL;
+    b->r.loss = LSA_LOSS_KL;
+    b->r.ensemble = LSA_ON_SUM;
+}
+
+static lsa_status bench_cases(lsa_bench *b, const char *which, const char *data, const char *device,
+                              lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t batch[] = {256, 1024, 64};
+    if (lsa_comm_size(b->comm) > 1 && (!which || !strcmp(which, "eval") || !strcmp(which, "stream")))
+        LSA_RET_FAIL(LSA_E_ARG, "several ranks measure training: --case train or full");
+    if (which && !strcmp(which, "stream")) return lsa_bench_stream(b, data, device, err);
+    if (which && !strcmp(which, "eval")) return lsa_bench_eval(b, device, err);
+    if (which) return lsa_bench_train(b, device, err);
+    for (int i = 0; i < 3; i++) {
+        b->r.batch = batch[i];
+        LSA_TRY(lsa_bench_train(b, device, err));
+    }
+    b->r.batch = 256;
+    LSA_TRY(lsa_bench_eval(b, device, err));
+    all_candidates(b);
+    LSA_TRY(lsa_bench_train(b, device, err));
+done:
+    return st;
+}
+
 /* One case with the shape's options; or, without --case, the published recipe at three batch sizes, all
  * candidates, and evaluation. */
 static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
@@ -190,7 +217,8 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
     const char *device = "cuda", *which = NULL, *data = NULL;
     int64_t layers = 8, heads = 128, rank = 2048, hidden = 4096, candidates = 2048, chunks = 32768,
             steps = 20;
-    bool no_verify = false;
+    bool no_verify = false, no_overlap = false;
+    ranks w = RANKS_DEFAULT;
     lsa_multi set = {0};
     lsa_bench b;
     const lsa_opt opts[] = {
@@ -208,10 +236,12 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
         {"set", "KEY=VALUE", LSA_OPT_MULTI, &set,
          "recipe key, such as train.batch or loss.kind; may be repeated"},
         {"device", "DEVICE", LSA_OPT_STR, &device, "cuda or cuda:N (default cuda)"},
+        {"no-overlap", NULL, LSA_OPT_FLAG, &no_overlap,
+         "several GPUs: exchange gradients after the backward pass, not beside it"},
+        RANKS_OPTS(w),
         {0}};
     lsa_cli_parse("Measure the GPU step on random documents: one JSON line a case.", "", opts, argc, argv,
                   NULL, 0);
-    const bool all = !which;
     if (which && strcmp(which, "train") && strcmp(which, "full") && strcmp(which, "eval") &&
         strcmp(which, "stream"))
         LSA_RET_FAIL(LSA_E_ARG, "--case '%s': expected train, full, eval or stream", which);
@@ -221,28 +251,14 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
     b.layers = layers, b.heads = heads, b.rank = rank, b.hidden = hidden, b.candidates = candidates,
     b.chunks = chunks, b.steps = steps;
     b.verify = !no_verify;
-    if (!all && !strcmp(which, "full")) {
-        b.r.candidates = LSA_CAND_ALL;
-        b.r.loss = LSA_LOSS_KL;
-        b.r.ensemble = LSA_ON_SUM;
-    }
+    b.no_overlap = no_overlap;
+    if (which && !strcmp(which, "full")) all_candidates(&b);
     LSA_TRY(lsa_recipe_set(&b.r, lsa_recipe_keys, lsa_recipe_n_key, set.v, set.n, err));
-    if (!all && !strcmp(which, "stream")) return lsa_bench_stream(&b, data, device, err);
-    if (!all)
-        return !strcmp(which, "eval") ? lsa_bench_eval(&b, device, err) : lsa_bench_train(&b, device, err);
-    const int64_t batch[] = {256, 1024, 64};
-    for (int i = 0; i < 3; i++) {
-        b.r.batch = batch[i];
-        LSA_TRY(lsa_bench_train(&b, device, err));
-    }
-    b.r.batch = 256;
-    LSA_TRY(lsa_bench_eval(&b, device, err));
-    b.r.candidates = LSA_CAND_ALL;
-    b.r.loss = LSA_LOSS_KL;
-    b.r.ensemble = LSA_ON_SUM;
-    LSA_TRY(lsa_bench_train(&b, device, err));
+    LSA_TRY(ranks_open(&w, err));
+    b.comm = w.comm;
+    LSA_TRY(bench_cases(&b, which, data, device, err));
 done:
-    return st;
+    return ranks_close(&w, st, err);
 }
 
 int main(int argc, char **argv) {

@@ -18,6 +18,7 @@ typedef struct shard {
     int64_t *perm;           /* documents in the epoch's order */
     int64_t *at;             /* [n_doc+1] windows before the i-th of them */
     int64_t n_group, *group; /* [n_group+1] first place in perm of each group */
+    bool whole;              /* every epoch is one group */
     int64_t shuffled, *mix;  /* windows of this group of the epoch, shuffled; -1: of none */
 } shard;
 
@@ -82,6 +83,10 @@ static lsa_status deal_documents(lsa_order *o, lsa_err *err) {
         s->doc[s->n_doc++] = d;
         s->n_window += o->windows[d];
         s->bytes += o->bytes[d];
+    }
+    for (int64_t v = 0; v < o->n_shard; v++) {
+        shard *const s = &o->shard[v];
+        s->whole = s->bytes <= (o->r->pool_mib << 20) / o->n_shard || s->n_window < 2 * lsa_order_rows(o);
     }
     for (int64_t v = 0; v < o->n_shard && o->r->order == LSA_ORDER_SHUFFLED; v++)
         LSA_TRY(LSA_NEW(o->shard[v].mix, o->shard[v].n_window, err));
@@ -200,18 +205,19 @@ static uint64_t stream(int64_t v, int64_t i) {
 }
 
 /* Groups: documents that are in memory together. Two groups fit the shard's part of the pool (one in use, one
- * on its way), or all documents are one group. */
+ * on its way); but none has fewer windows than a step takes, so that a step needs two groups at most. */
 static void make_groups(const lsa_order *o, shard *s) {
-    int64_t here = 0;
-    const int64_t budget = (o->r->pool_mib << 20) / o->n_shard;
-    s->n_group = 0;
-    for (int64_t i = 0; i < s->n_doc; i++) {
-        const int64_t b = o->bytes[s->perm[i]];
-        if (i == 0 || (s->bytes > budget && here + b > budget / 2)) {
+    const int64_t half = (o->r->pool_mib << 20) / o->n_shard / 2, rows = lsa_order_rows(o);
+    int64_t bytes = 0;
+    s->n_group = 1;
+    s->group[0] = 0;
+    for (int64_t i = 0; i < s->n_doc && !s->whole; i++) {
+        const int64_t first = s->group[s->n_group - 1], b = o->bytes[s->perm[i]];
+        if (bytes + b > half && s->at[i] - s->at[first] >= rows && s->n_window - s->at[i] >= rows) {
             s->group[s->n_group++] = i;
-            here = 0;
+            bytes = 0;
         }
-        here += b;
+        bytes += b;
     }
     s->group[s->n_group] = s->n_doc;
 }
@@ -270,6 +276,9 @@ lsa_status lsa_order_at(lsa_place *out, lsa_order *o, int64_t v, int64_t k, lsa_
     return LSA_OK;
 }
 
+bool lsa_order_whole(const lsa_order *o, int64_t v) {
+    return o->shard[v].whole;
+}
 int64_t lsa_order_groups(lsa_order *o, int64_t v, int64_t epoch) {
     return epoch_of(o, v, epoch)->n_group;
 }

@@ -37,8 +37,11 @@ int64_t lsa_order_epoch(const lsa_order *o, const lsa_cursor *c);
 /* Window k >= 0 of a shard's sequence. */
 LSA_NODISCARD lsa_status lsa_order_at(lsa_place *out, lsa_order *o, int64_t shard, int64_t k, lsa_err *err);
 
-/* Groups of a shard's epoch: their number, and the documents of one (borrowed until the shard moves to
+/* Whether all of a shard's documents are in memory together: they fit its part of the pool, or have fewer
+ * windows than two steps take. Else an epoch has groups, each of at least as many windows as a step takes (if
+ * need be past the pool's size): their number, and the documents of one (borrowed until the shard moves to
  * another epoch). */
+bool lsa_order_whole(const lsa_order *o, int64_t shard);
 int64_t lsa_order_groups(lsa_order *o, int64_t shard, int64_t epoch);
 int64_t lsa_order_group_docs(lsa_order *o, int64_t shard, int64_t epoch, int64_t g, const int64_t **doc);
 

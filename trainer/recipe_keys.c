@@ -98,7 +98,11 @@ const lsa_key lsa_recipe_keys[] = {
     BOOL("optim.decay_norm", decay_norm, "false", "decay the norm gains too"),
     BOOL(
         "optim.zero1", zero1, "false",
-        "with several ranks: each holds and updates the moments of its part of the parameters (less memory, the same result)"),
+        "with several ranks: each holds and updates the moments of its part of the parameters (less memory, the same result on CPUs; "
+        "on GPUs the last bits of a sum may differ)"),
+    PICK(
+        "optim.exchange", exchange, "f32", "f32|bf16",
+        "what several GPUs send each other of the gradients (bf16: half the bytes); CPU ranks add in double"),
     F64("optim.beta1", beta1, "0.9", 0, 0.999999, "first moment"),
     F64("optim.beta2", beta2, "0.999", 0, 0.9999999, "second moment"),
     F64("optim.eps", eps, "1e-8", 0, 1, "added to the root of the second moment"),

@@ -14,6 +14,7 @@ enum { LSA_ON_SUM = 0, LSA_ON_LAYER };
 enum { LSA_SCHED_COSINE = 0, LSA_SCHED_CONSTANT };
 enum { LSA_PRECISION_BF16 = 0, LSA_PRECISION_FP8, LSA_PRECISION_F32 };
 enum { LSA_MOMENTS_F32 = 0, LSA_MOMENTS_BF16 };
+enum { LSA_EXCHANGE_F32 = 0, LSA_EXCHANGE_BF16 };
 enum { LSA_METRIC_CAPTURED = 0, LSA_METRIC_F1, LSA_METRIC_RECALL };
 
 typedef struct lsa_recipe {
@@ -29,7 +30,7 @@ typedef struct lsa_recipe {
     bool weighted, trivial, by_mass, balance;
     double smoothing, margin;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
-    int64_t warmup, schedule, moments;
+    int64_t warmup, schedule, moments, exchange;
     bool decay_norm, zero1;
     int64_t steps, batch, seed, eval_every, save_every, log_every, keep, milestone_every, patience, max_bad,
         cache_mib;

@@ -1,6 +1,6 @@
 /* GPU training with resident documents: see resident.h. The mistake that would stay silent: overwriting a
- * group of documents while a step that uses it is still running; a bank is refilled only after the results of
- * its last step have been taken. */
+ * group of documents while a step that uses it is still running; a bank is refilled only after its last step
+ * has ended. */
 #include "trainer/resident.h"
 
 #include <pthread.h>
@@ -44,7 +44,8 @@ struct lsa_resident {
     lsa_indexer_geom g;
     int64_t n_doc;                     /* training documents: slots a bank */
     lsa_gpu_step *step, *eval, *miner; /* miner: scores training documents for hard negatives */
-    int64_t n_shard;                   /* virtual shards */
+    lsa_comm *comm;                    /* NULL: one GPU */
+    int64_t first, n_shard;            /* virtual shards of this rank */
     pool *pool;                        /* [n_shard]; slot bank * n_doc + document, whatever its shard */
     job job;
     lsa_block block[READERS];
@@ -52,8 +53,9 @@ struct lsa_resident {
     int64_t launched, taken, updates;
     double lr[LSA_GPU_FLIGHT];
     /* evaluation */
-    int64_t eval_doc; /* number of held documents, from the first asked */
+    int64_t eval_doc; /* number of documents that stay loaded, from the first asked; 0: one at a time */
     int64_t eval_first;
+    bool *eval_held; /* [eval_doc] loaded already */
     lsa_gpu_eval_row *eval_row;
 };
 
@@ -82,7 +84,7 @@ static void *reader(void *arg) {
         const int32_t slot = (int32_t)(j->bank * x->n_doc + j->doc[i]);
         if (st == LSA_OK) st = lsa_gpu_pool_put(x->step, slot, &block->doc, block->data, &err);
         if (st == LSA_OK) st = lsa_gpu_pool_wait(x->step, &err);
-        if (st == LSA_OK) x->pool[j->shard].bank[j->bank].held[j->doc[i]] = true;
+        if (st == LSA_OK) x->pool[j->shard - x->first].bank[j->bank].held[j->doc[i]] = true;
         if (st != LSA_OK && j->st == LSA_OK) {
             j->st = st;
             j->err = err;
@@ -96,7 +98,7 @@ static void *reader(void *arg) {
 static lsa_status start(lsa_resident *x, int64_t v, int32_t b, int64_t epoch, int64_t group, lsa_err *err) {
     lsa_status st = LSA_OK;
     job *const j = &x->job;
-    bank *const k = &x->pool[v].bank[b];
+    bank *const k = &x->pool[v - x->first].bank[b];
     const int64_t *doc;
     j->n = lsa_order_group_docs(x->o, v, epoch, group, &doc);
     for (int64_t i = 0; i < j->n; i++) {
@@ -130,37 +132,32 @@ static lsa_status finish(lsa_resident *x, lsa_err *err) {
     for (int i = 0; i < j->n_started; i++) pthread_join(j->thread[i], NULL);
     j->running = false;
     if (j->st == LSA_OK) return LSA_OK;
-    bank *const k = &x->pool[j->shard].bank[j->bank];
+    bank *const k = &x->pool[j->shard - x->first].bank[j->bank];
     k->epoch = k->group = -1;
     if (err) *err = j->err;
     return j->st;
 }
 
-/* The shard's bank that holds a group, if any. With one group every epoch is the same documents. */
-static int32_t bank_of(lsa_resident *x, int64_t v, int64_t epoch, int64_t group) {
-    const bool one = lsa_order_groups(x->o, v, epoch) == 1;
+/* The shard's bank that holds a group, if any. */
+static int32_t bank_of(const lsa_resident *x, int64_t v, int64_t epoch, int64_t group) {
+    const bool one = lsa_order_whole(x->o, v); /* every epoch is the same documents */
     for (int32_t b = 0; b < BANKS; b++) {
-        const bank *const k = &x->pool[v].bank[b];
+        const bank *const k = &x->pool[v - x->first].bank[b];
         if (k->epoch >= 0 && (one || (k->epoch == epoch && k->group == group))) return b;
     }
     return -1;
 }
 
-static lsa_status drain(lsa_resident *x, int64_t until, lsa_err *err) {
-    if (x->taken < until)
-        LSA_RET_FAIL(LSA_E_ARG, "results of %lld steps must be taken first", (long long)(until - x->taken));
-    return LSA_OK;
-}
-
 /* Waits until the group is resident, reading it now if nobody has begun. */
 static lsa_status need(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t *out, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const bank *const k = x->pool[v].bank;
+    const bank *const k = x->pool[v - x->first].bank;
     int32_t b = bank_of(x, v, epoch, group);
     if (b < 0) {
         LSA_TRY(finish(x, err));
         b = k[0].last_use <= k[1].last_use ? 0 : 1;
-        LSA_TRY(drain(x, k[b].last_use, err));
+        /* order.h: a step takes no more than two groups of a shard, so none of this step's is lost */
+        if (x->taken < k[b].last_use) LSA_TRY(lsa_gpu_wait(x->step, err));
         LSA_TRY(start(x, v, b, epoch, group, err));
     }
     if (x->job.running && x->job.shard == v && x->job.bank == b) LSA_TRY(finish(x, err));
@@ -181,9 +178,9 @@ static bool job_over(lsa_resident *x) {
 static lsa_status ahead(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t in_use,
                         lsa_err *err) {
     lsa_status st = LSA_OK;
+    const bank *const other = &x->pool[v - x->first].bank[1 - in_use];
+    if (lsa_order_whole(x->o, v) || x->taken < other->last_use) return LSA_OK;
     const int64_t n = lsa_order_groups(x->o, v, epoch);
-    const bank *const other = &x->pool[v].bank[1 - in_use];
-    if (n == 1 || x->taken < other->last_use) return LSA_OK;
     const int64_t e = group + 1 < n ? epoch : epoch + 1, g = group + 1 < n ? group + 1 : 0;
     if (other->epoch == e && other->group == g) return LSA_OK;
     if (x->job.running && job_over(x)) LSA_TRY(finish(x, err));
@@ -227,6 +224,8 @@ lsa_gpu_opts lsa_resident_options(const lsa_recipe *r, int64_t n_slot, int64_t w
         .clip = (float)r->clip,
         .decay_norm = r->decay_norm,
         .bf16_moments = r->moments == LSA_MOMENTS_BF16,
+        .sharded = r->zero1,
+        .bf16_gradients = r->exchange == LSA_EXCHANGE_BF16,
         .fp8_query = r->precision == LSA_PRECISION_FP8,
         .portable = r->portable};
 }
@@ -239,7 +238,7 @@ static int64_t widest_window(const lsa_source *s, int64_t first, int64_t last) {
     return lsa_align_up(n, 128);
 }
 
-lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, lsa_order *o,
+lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm, lsa_source *s, lsa_order *o,
                                const lsa_recipe *r, const lsa_indexer_geom *g, const float *params,
                                const float *m, const float *v, int64_t updates, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -254,7 +253,9 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, 
     x->updates = updates;
     x->eval_first = -1;
     pthread_mutex_init(&x->job.lock, NULL);
-    x->n_shard = o ? lsa_order_shards(o) : 0;
+    x->comm = comm && !lsa_comm_is_self(comm) ? comm : NULL;
+    x->first = o ? lsa_order_first(o) : 0;
+    x->n_shard = o ? lsa_order_share(o) : 0;
     LSA_TRY(LSA_NEW(x->pool, x->n_shard, err));
     for (int64_t i = 0; i < x->n_shard * BANKS; i++) {
         bank *const k = &x->pool[i / BANKS].bank[i % BANKS];
@@ -265,8 +266,13 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, 
     LSA_TRY(LSA_NEW(x->job.n_window, x->n_doc, err));
     LSA_TRY(LSA_NEW(x->row, lsa_max_i64(r->batch, EVAL_ROWS), err));
     LSA_TRY(LSA_NEW(x->eval_row, (g->n_layer + 3) * EVAL_ROWS, err));
-    const lsa_gpu_opts opts =
+    lsa_gpu_opts opts =
         lsa_resident_options(r, lsa_max_i64(1, BANKS * x->n_doc), widest_window(s, 0, x->n_doc));
+    if (o) {
+        opts.comm = x->comm;
+        opts.batch = x->n_shard * lsa_order_rows(o);
+        opts.micro = r->micro_batch ? r->micro_batch : opts.batch;
+    }
     LSA_TRY(lsa_gpu_create(&x->step, ctx, g, &opts, params, m, v, updates, err));
     *out = x;
     x = NULL;
@@ -291,6 +297,7 @@ void lsa_resident_destroy(lsa_resident *x) {
     lsa_free(x->job.n_window);
     lsa_free(x->row);
     lsa_free(x->eval_row);
+    lsa_free(x->eval_held);
     lsa_free(x);
 }
 
@@ -307,7 +314,7 @@ static lsa_status mine(lsa_resident *x, int64_t v, int32_t b, lsa_err *err) {
     if (!x->miner) LSA_TRY(lsa_gpu_create_eval(&x->miner, x->step, rows_for(x, n), n, 1, err));
     for (int64_t d = 0; d < x->n_doc; d++) {
         int64_t n_window;
-        if (!x->pool[v].bank[b].held[d]) continue;
+        if (!x->pool[v - x->first].bank[b].held[d]) continue;
         LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
         if (n_window) LSA_TRY(lsa_gpu_mine(x->step, x->miner, (int32_t)(b * x->n_doc + d), err));
     }
@@ -318,8 +325,8 @@ done:
 lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t rows = lsa_order_rows(x->o);
-    for (int64_t v = 0; v < x->n_shard; v++) {
-        pool *const p = &x->pool[v];
+    for (int64_t v = x->first; v < x->first + x->n_shard; v++) {
+        pool *const p = &x->pool[v - x->first];
         for (int64_t i = 0; i < rows; i++) {
             lsa_place at;
             LSA_TRY(lsa_order_at(&at, x->o, v, c->asked + i, err));
@@ -331,7 +338,7 @@ lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa
                 p->group = at.group;
                 p->epoch = at.epoch;
             }
-            x->row[v * rows + i] =
+            x->row[(v - x->first) * rows + i] =
                 (lsa_gpu_row){(int32_t)(p->in_use * x->n_doc + at.doc), (int32_t)at.window, at.epoch};
         }
         p->bank[p->in_use].last_use = x->launched + 1;
@@ -340,8 +347,10 @@ lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa
     x->lr[x->launched % LSA_GPU_FLIGHT] = lsa_lr(x->r, step);
     LSA_TRY(lsa_gpu_launch(x->step, x->row, x->lr[x->launched % LSA_GPU_FLIGHT], err));
     x->launched++;
-    for (int64_t v = 0; v < x->n_shard; v++)
-        LSA_TRY(ahead(x, v, x->pool[v].epoch, x->pool[v].group, x->pool[v].in_use, err));
+    for (int64_t v = 0; v < x->n_shard; v++) {
+        const pool *const p = &x->pool[v];
+        LSA_TRY(ahead(x, x->first + v, p->epoch, p->group, p->in_use, err));
+    }
 done:
     return st;
 }
@@ -356,6 +365,7 @@ lsa_status lsa_resident_take(lsa_resident *x, lsa_step_result *out, lsa_err *err
                              .skipped = r.skipped};
     x->updates = r.updates;
     x->taken++;
+    if (x->comm) lsa_comm_tick(x->comm, "training");
 done:
     return st;
 }
@@ -365,6 +375,9 @@ int64_t lsa_resident_updates(const lsa_resident *x) {
 }
 lsa_gpu_step *lsa_resident_step(lsa_resident *x) {
     return x->step;
+}
+lsa_status lsa_resident_hash(lsa_resident *x, uint64_t *out, lsa_err *err) {
+    return lsa_gpu_hash(x->step, out, err);
 }
 lsa_status lsa_resident_get(lsa_resident *x, float *params, float *m, float *v, lsa_err *err) {
     return lsa_gpu_get(x->step, params, m, v, err);
@@ -383,8 +396,7 @@ static lsa_status load_eval(lsa_resident *x, int64_t doc, int32_t slot, int64_t 
     return st;
 }
 
-/* The evaluating step for documents [first, last): held ones stay loaded if they take less than half the
- * pool. */
+/* The evaluating step for documents [first, last), which stay loaded if they take less than half the pool. */
 static lsa_status open_eval(lsa_resident *x, int64_t first, int64_t last, lsa_err *err) {
     lsa_status st = LSA_OK;
     int64_t bytes = 0;
@@ -395,12 +407,10 @@ static lsa_status open_eval(lsa_resident *x, int64_t first, int64_t last, lsa_er
     const int64_t rows = rows_for(x, n);
     for (int64_t d = first; d < last; d++) bytes += lsa_source_doc_bytes(x->s, d);
     x->eval_doc = bytes < x->r->pool_mib << 19 ? last - first : 0;
+    lsa_free(x->eval_held);
+    x->eval_held = NULL;
+    LSA_TRY(LSA_NEW(x->eval_held, x->eval_doc, err));
     LSA_TRY(lsa_gpu_create_eval(&x->eval, x->step, rows, n, (int32_t)lsa_max_i64(1, x->eval_doc), err));
-    for (int64_t d = first; d < first + x->eval_doc; d++) {
-        int64_t n_window;
-        LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
-        LSA_TRY(load_eval(x, d, (int32_t)(d - first), n_window, err));
-    }
     x->eval_first = first;
 done:
     return st;
@@ -413,33 +423,38 @@ static void count_row(lsa_scores *s, const lsa_gpu_eval_row *w, int64_t n_cand, 
     lsa_scores_window(s, &c);
 }
 
+static lsa_status eval_document(void *user, lsa_scores *score, const lsa_eval *e, int64_t doc,
+                                int64_t n_window, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_resident *const x = user;
+    double budget[LSA_EVAL_BUDGETS + 1];
+    const int64_t rows = lsa_gpu_rows(x->eval), at = doc - x->eval_first;
+    const int32_t slot = x->eval_doc ? (int32_t)at : 0;
+    for (int b = 0; b <= LSA_EVAL_BUDGETS; b++) budget[b] = lsa_eval_budget(x->r, b);
+    if (n_window && !(x->eval_doc && x->eval_held[at])) LSA_TRY(load_eval(x, doc, slot, n_window, err));
+    if (n_window && x->eval_doc) x->eval_held[at] = true;
+    for (int64_t w = 0; w < n_window; w += rows) {
+        const int64_t m = lsa_min_i64(rows, n_window - w);
+        if (x->comm) lsa_comm_tick(x->comm, "evaluating");
+        if (x->comm) LSA_TRY(lsa_comm_check(x->comm, err));
+        for (int64_t i = 0; i < m; i++) x->row[i] = (lsa_gpu_row){slot, (int32_t)(w + i), 0};
+        LSA_TRY(lsa_gpu_eval(x->eval, m, x->row, (float)x->r->threshold, x->r->topk, LSA_EVAL_BUDGETS + 1,
+                             budget, x->eval_row, err));
+        for (int64_t i = 0; i < m; i++)
+            for (int32_t k = 0; k < e->n; k++) {
+                const lsa_gpu_eval_row *row = &x->eval_row[k * m + i];
+                count_row(&score[k], row, row->n_cand, e->has_mass);
+            }
+    }
+done:
+    return st;
+}
+
 lsa_status lsa_resident_evaluate(lsa_eval *e, lsa_resident *x, int64_t first, int64_t last, lsa_err *err) {
     lsa_status st = LSA_OK;
-    double budget[LSA_EVAL_BUDGETS + 1];
     lsa_eval_begin(e, x->s, &x->g);
-    for (int b = 0; b <= LSA_EVAL_BUDGETS; b++) budget[b] = lsa_eval_budget(x->r, b);
     LSA_TRY(open_eval(x, first, last, err));
-    for (int64_t d = first; d < last; d++) {
-        int64_t n_window;
-        const int32_t slot = x->eval_doc ? (int32_t)(d - first) : 0;
-        const int bin = lsa_eval_bin(lsa_shards_get_doc(lsa_source_shards(x->s), d).n_token);
-        LSA_TRY(lsa_source_n_window(&n_window, x->s, d, err));
-        if (n_window && !x->eval_doc) LSA_TRY(load_eval(x, d, slot, n_window, err));
-        const int64_t rows = lsa_gpu_rows(x->eval);
-        for (int64_t w = 0; w < n_window; w += rows) {
-            const int64_t m = lsa_min_i64(rows, n_window - w);
-            for (int64_t i = 0; i < m; i++) x->row[i] = (lsa_gpu_row){slot, (int32_t)(w + i), 0};
-            LSA_TRY(lsa_gpu_eval(x->eval, m, x->row, (float)x->r->threshold, x->r->topk, LSA_EVAL_BUDGETS + 1,
-                                 budget, x->eval_row, err));
-            for (int64_t i = 0; i < m; i++) {
-                for (int32_t k = 0; k < e->n; k++) {
-                    const lsa_gpu_eval_row *row = &x->eval_row[k * m + i];
-                    count_row(&e->row[k], row, row->n_cand, e->has_mass);
-                    if (k == e->n - 1) count_row(&e->by_length[bin], row, row->n_cand, e->has_mass);
-                }
-            }
-        }
-    }
+    LSA_TRY(lsa_eval_documents(e, x->comm, x->s, first, last, eval_document, x, err));
 done:
     return st;
 }

@@ -14,11 +14,13 @@ enum { LSA_RESIDENT_READERS = 8 }; /* threads that read documents ahead */
 
 typedef struct lsa_resident lsa_resident;
 
-/* The GPU step's options of a recipe, for documents of at most `widest` chunks. */
+/* The GPU step's options of a recipe, for documents of at most `widest` chunks; one GPU. */
 lsa_gpu_opts lsa_resident_options(const lsa_recipe *r, int64_t n_slot, int64_t widest);
-/* Borrows source, order (NULL: evaluation only), recipe and context. */
-LSA_NODISCARD lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_source *s, lsa_order *o,
-                                             const lsa_recipe *r, const lsa_indexer_geom *g,
+/* Borrows source, order (NULL: evaluation only), recipe, context and comm. comm: one GPU a rank, on the
+ * virtual shards that the order gives this rank; NULL or one process without a launcher: one GPU, no NCCL.
+ * All functions but destroy, step and updates are then collective. */
+LSA_NODISCARD lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm, lsa_source *s,
+                                             lsa_order *o, const lsa_recipe *r, const lsa_indexer_geom *g,
                                              const float *params, const float *m, const float *v,
                                              int64_t updates, lsa_err *err);
 void lsa_resident_destroy(lsa_resident *x); /* NULL allowed */
@@ -30,6 +32,8 @@ LSA_NODISCARD lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int
 LSA_NODISCARD lsa_status lsa_resident_take(lsa_resident *x, lsa_step_result *out, lsa_err *err);
 int64_t lsa_resident_updates(const lsa_resident *x); /* up to the last result taken */
 lsa_gpu_step *lsa_resident_step(lsa_resident *x);    /* borrowed */
+/* Of the parameters: the same on every rank. */
+LSA_NODISCARD lsa_status lsa_resident_hash(lsa_resident *x, uint64_t *out, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_resident_get(lsa_resident *x, float *params, float *m, float *v, lsa_err *err);
 
 /* As lsa_evaluate. */

@@ -18,6 +18,7 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "trainer/device.h"
 #include "trainer/resident.h"
 #include "trainer/saver.h"
 #include "trainer/tboard.h"
@@ -158,6 +159,19 @@ done:
     return st;
 }
 
+/* Ranks that round differently, or a device that errs, would drift apart unseen. */
+static lsa_status agree_on_parameters(run *x, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    uint64_t hash = 0;
+    if (x->resident)
+        LSA_TRY(lsa_resident_hash(x->resident, &hash, err));
+    else
+        hash = lsa_trainer_hash(x->trainer);
+    LSA_TRY(lsa_comm_agree(x->comm, "after this step, the parameters", hash, LSA_E_COMM, err));
+done:
+    return st;
+}
+
 /* Begins a checkpoint: waits for the one before, takes the snapshot (on rank 0, from all); the writing goes
  * on beside the steps. The file does not depend on the number of ranks. */
 static lsa_status save(run *x, bool best, lsa_err *err) {
@@ -167,9 +181,7 @@ static lsa_status save(run *x, bool best, lsa_err *err) {
     const double t0 = lsa_now_s();
     LSA_TRY(wait_saved(x, err));
     if (x->lead) s = lsa_saver_snapshot(x->saver);
-    if (lsa_comm_size(x->comm) > 1) /* hosts that round differently would drift apart unseen */
-        LSA_TRY(lsa_comm_agree(x->comm, "after this step, the parameters", lsa_trainer_hash(x->trainer),
-                               LSA_E_COMM, err));
+    if (lsa_comm_size(x->comm) > 1) LSA_TRY(agree_on_parameters(x, err));
     LSA_TRY(x->resident ? lsa_resident_get(x->resident, s.params, s.m, s.v, err)
                         : lsa_trainer_get(x->trainer, s.params, s.m, s.v, err));
     if (x->lead) {
@@ -204,7 +216,7 @@ static lsa_status open_run(run *x, const char *device, lsa_err *err) {
     LSA_TRY(lsa_recipe_check(x->r, err));
     LSA_TRY(shards_info(&f, x->data, err));
     LSA_TRY(make_geom(&x->g, x->r, &f, err));
-    LSA_TRY(lsa_ctx_create(&x->ctx, device, err));
+    LSA_TRY(lsa_device_open(&x->ctx, device, x->comm, err));
     LSA_TRY(lsa_source_open(&x->source, x->data, x->r, &x->g, x->r->loss == LSA_LOSS_KL || f.has_stats, err));
     LSA_TRY(agree(x, err));
     if (!f.has_stats && x->r->metric == LSA_METRIC_CAPTURED && x->r->val_documents > 0)
@@ -249,10 +261,10 @@ static lsa_status open_trainer(run *x, const float *params, const float *m, cons
         return lsa_trainer_create(&x->trainer, x->ctx, x->comm, lsa_order_share(x->order), x->r, &x->g,
                                   params, m, v, updates, err);
     if (lsa_comm_size(x->comm) > 1)
-        LSA_RET_FAIL(LSA_E_CONFIG, "several GPUs: not in this build; start one rank, or pass --device cpu");
+        lsa_warn("several GPUs: this version was built for them but never run on them; compare with one");
     if (*x->r->trace) LSA_RET_FAIL(LSA_E_CONFIG, "train.trace on a GPU needs train.precision: f32");
-    return lsa_resident_create(&x->resident, x->ctx, x->source, x->order, x->r, &x->g, params, m, v, updates,
-                               err);
+    return lsa_resident_create(&x->resident, x->ctx, x->comm, x->source, x->order, x->r, &x->g, params, m, v,
+                               updates, err);
 }
 
 static void run_fini(run *x) {
@@ -661,7 +673,7 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
                            lsa_xxh64(c.params, (size_t)lsa_indexer_n_param(&c.geom) * sizeof *c.params),
                            LSA_E_CONFIG, err));
     LSA_TRY(shards_info(&f, data, err));
-    LSA_TRY(lsa_ctx_create(&ctx, device, err));
+    LSA_TRY(lsa_device_open(&ctx, device, comm, err));
     LSA_TRY(lsa_source_open(&source, data, r, &c.geom, f.has_stats, err));
     LSA_TRY(lsa_comm_agree(comm, "the content of the shard folder",
                            lsa_shards_hash(lsa_source_shards(source)), LSA_E_CONFIG, err));
@@ -669,7 +681,7 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     if (lsa_ctx_kind(ctx) == LSA_BACKEND_CUDA && r->precision != LSA_PRECISION_F32) {
         r->batch = 8; /* the training half of the step is not used */
         r->micro_batch = 0;
-        LSA_TRY(lsa_resident_create(&gpu, ctx, source, NULL, r, &c.geom, c.params, NULL, NULL, 0, err));
+        LSA_TRY(lsa_resident_create(&gpu, ctx, comm, source, NULL, r, &c.geom, c.params, NULL, NULL, 0, err));
         LSA_TRY(lsa_resident_evaluate(out, gpu, first, last, err));
     } else {
         LSA_TRY(lsa_trainer_create(&t, ctx, comm, 1, r, &c.geom, c.params, NULL, NULL, 0, err));

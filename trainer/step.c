@@ -69,7 +69,8 @@ lsa_status lsa_trainer_create(lsa_trainer **out, lsa_ctx *ctx, lsa_comm *comm, i
     const bool host = lsa_ctx_kind(ctx) != LSA_BACKEND_CUDA, many = comm && lsa_comm_size(comm) > 1;
     *out = NULL;
     if (!host && many)
-        LSA_RET_FAIL(LSA_E_CONFIG, "several GPUs: not in this build; start one rank, or pass --device cpu");
+        LSA_RET_FAIL(LSA_E_CONFIG,
+                     "train.precision f32 works on one GPU; several take bf16 or fp8 (or pass --device cpu)");
     LSA_TRY(LSA_NEW(t, 1, err));
     t->ctx = ctx;
     t->comm = comm;

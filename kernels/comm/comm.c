@@ -153,11 +153,20 @@ int lsa_comm_size(const lsa_comm *c) {
 int lsa_comm_local_rank(const lsa_comm *c) {
     return c->local_rank;
 }
+bool lsa_comm_is_self(const lsa_comm *c) {
+    return c->t == &lsa_comm_self;
+}
 const char *lsa_comm_describe(const lsa_comm *c) {
     return c->text;
 }
 void lsa_comm_tick(lsa_comm *c, const char *doing) {
     lsa_beat_tick(c->beat, doing);
+}
+void lsa_comm_enter(lsa_comm *c, const char *what) {
+    lsa_beat_enter(c->beat, what);
+}
+void lsa_comm_leave(lsa_comm *c) {
+    lsa_beat_leave(c->beat);
 }
 lsa_status lsa_comm_check(lsa_comm *c, lsa_err *err) {
     return lsa_beat_check(c->beat, err);

@@ -1,4 +1,4 @@
-/* Ranks and collectives as one small table: `self` (one process) and `mpi` (host memory, any number of
+/* Ranks and collectives of host memory as one small table: `self` (one process) and `mpi` (any number of
  * hosts).
  *
  * A rank that dies, stops, hangs or fails ends every rank: within the deadline each call in progress returns,
@@ -7,8 +7,8 @@
  * the same order, from one thread. Results are the same bits on every rank and, given the same shards, on
  * every number of ranks.
  *
- * The place of NCCL: a table over device memory and a stream whose ncclUniqueId travels by lsa_comm_broadcast
- * of a host table, which also keeps watching the ranks; lsa_comm_tick and lsa_comm_check serve its steps. */
+ * GPUs exchange gradients by NCCL inside their step (kernels/cuda/step/ranks.cu), which this table brings
+ * together and watches. */
 #ifndef LSA_KERNELS_COMM_COMM_H
 #define LSA_KERNELS_COMM_COMM_H
 
@@ -41,11 +41,16 @@ void lsa_comm_close(lsa_comm *c, lsa_status st, const lsa_err *err);
 int lsa_comm_rank(const lsa_comm *c);
 int lsa_comm_size(const lsa_comm *c);
 int lsa_comm_local_rank(const lsa_comm *c); /* among the ranks of this host */
+bool lsa_comm_is_self(const lsa_comm *c);   /* one process that no launcher started as a rank */
 const char *lsa_comm_describe(const lsa_comm *c);
 
 /* A sign of progress outside collectives: a rank that gives none for the deadline while others wait for it is
  * taken for hung; one that is only slow is named in a warning. doing: static text, such as "evaluating". */
 void lsa_comm_tick(lsa_comm *c, const char *doing);
+/* Around a wait for other ranks that is no call of this table, such as for a step over NCCL, polled with
+ * lsa_comm_check: every rank makes the same ones. what: static text. */
+void lsa_comm_enter(lsa_comm *c, const char *what);
+void lsa_comm_leave(lsa_comm *c);
 /* Fails if another rank has. */
 LSA_NODISCARD lsa_status lsa_comm_check(lsa_comm *c, lsa_err *err);
 

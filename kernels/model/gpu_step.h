@@ -6,7 +6,11 @@
  * Numbers: master weights, moments, norms, losses f32 (sums in double); projections bf16 with f32
  * accumulation; queries and keys f16 on the tensor cores of sm_90 (f32 elsewhere); gradients of queries bf16.
  * Deterministic: same inputs, same bits. Errors: LSA_E_NOMEM, LSA_E_DEVICE, LSA_E_CONFIG (a shape this path
- * does not have), LSA_E_UNSUPPORTED in builds without CUDA. One thread at a time, except where said. */
+ * does not have), LSA_E_UNSUPPORTED in builds without CUDA (several GPUs: without NCCL), LSA_E_COMM with the
+ * rank that is gone. One thread at a time, except where said.
+ *
+ * Several GPUs: gradients are added by NCCL inside the graph, those of wq_b while the rest of the backward
+ * pass runs. The order of the sum is NCCL's: on another number of GPUs the last bits differ. */
 #ifndef LSA_KERNELS_MODEL_GPU_STEP_H
 #define LSA_KERNELS_MODEL_GPU_STEP_H
 
@@ -18,6 +22,8 @@
 #include "kernels/ctx.h"
 #include "kernels/model/indexer.h"
 
+struct lsa_comm;
+
 typedef enum lsa_step_loss {
     LSA_STEP_KL = 0,
     LSA_STEP_BCE,
@@ -27,7 +33,7 @@ typedef enum lsa_step_loss {
 } lsa_step_loss;
 
 typedef struct lsa_gpu_opts {
-    int64_t batch;     /* windows of a step */
+    int64_t batch;     /* windows of a step on this GPU */
     int64_t micro;     /* windows at a time (gradients of the parts are added); divides batch */
     int64_t columns;   /* most candidates of a window */
     int64_t max_chunk; /* most chunks a window may choose from */
@@ -48,9 +54,15 @@ typedef struct lsa_gpu_opts {
     float beta1, beta2, eps, weight_decay, clip;
     bool decay_norm;
     bool bf16_moments;
-    bool fp8_query; /* queries rounded to e4m3 with one scale a head, as servers do */
-    bool poison;    /* for tests: memory starts as NaN, with guard zones that lsa_gpu_guards looks at */
-    bool portable;  /* never the sm_90 kernels: for tests of the portable ones */
+    /* several GPUs: every rank has a step of the same options and windows of its own; losses, norms and
+     * updates are those of all windows. NULL: this GPU alone */
+    struct lsa_comm *comm; /* kernels/comm/comm.h; borrowed */
+    bool sharded;          /* ZeRO-1: a rank holds and updates the moments of its slices (gpu_shard.h) */
+    bool bf16_gradients;   /* exchanged in bf16; needs micro = batch */
+    bool no_overlap;       /* exchange only when the backward pass is done: to measure what overlap saves */
+    bool fp8_query;        /* queries rounded to e4m3 with one scale a head, as servers do */
+    bool poison;   /* for tests: memory starts as NaN, with guard zones that lsa_gpu_guards looks at */
+    bool portable; /* never the sm_90 kernels: for tests of the portable ones */
 } lsa_gpu_opts;
 
 /* A window that can be asked of a resident document. */
@@ -124,8 +136,14 @@ LSA_NODISCARD lsa_status lsa_gpu_launch(lsa_gpu_step *s, const lsa_gpu_row *row,
 /* Result of the oldest step not taken yet; waits for it. */
 LSA_NODISCARD lsa_status lsa_gpu_result_take(lsa_gpu_step *s, lsa_gpu_result *out, lsa_err *err);
 
-/* Host copies, flat; any may be NULL. Waits for the steps in flight. */
+/* Waits for the steps in flight, whose results stay to be taken. */
+LSA_NODISCARD lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err);
+/* Host copies, flat; any may be NULL. Waits for the steps in flight. Several GPUs: collective, every rank may
+ * ask for what it wants. */
 LSA_NODISCARD lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err);
+
+/* Of what all ranks must hold alike: the bf16 weights and the norm gains. */
+LSA_NODISCARD lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err);
 
 /* What the last step saw and made, for tests and traces: host arrays, any may be NULL. n_cand, n_pos [batch];
  * cand [batch, columns] (-1 where all chunks are candidates); y, weight [batch, columns]; grad [n_param]. */

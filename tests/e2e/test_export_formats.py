@@ -174,11 +174,9 @@ def sidecar(d, joint, meta, dtype):
 
 
 def calibrated(folder, out):
-    """A copy of an export with a calibration in its metadata, as lsa-export calibrate will leave it, made again by lsa-export."""
-    t, meta = tensors(f"{folder}/indexer.safetensors")
-    meta["lsa.calibration"] = json.dumps({"format": "lsa-calibration/1", "temperature": [1.25, 0.1], "windows": 12})
-    save_file({k: v[1] for k, v in t.items()}, f"{W}/calibrated.safetensors", meta)
-    run("lsa-export", "import", f"{W}/calibrated.safetensors", "--out", f"{W}/{out}-ckpt")
+    """An export that lsa-export calibrate has measured, imported and made again in all variants."""
+    run("lsa-export", "calibrate", folder, "--data", f"{W}/shards", "--device", "cpu", "--out", f"{W}/measured")
+    run("lsa-export", "import", f"{W}/measured", "--out", f"{W}/{out}-ckpt")
     return write(out + "-ckpt", out, *VARIANTS)
 
 

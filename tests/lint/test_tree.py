@@ -16,7 +16,7 @@ ALLOWED = {
     "kernels/ref": CORE | OPS | {"kernels/ref"},
     "kernels/cpu": CORE | OPS | {"kernels/cpu", "kernels/ref"},
     "kernels/cuda": CORE | OPS | MODEL | {"kernels/cuda"},
-    "kernels/cuda/step": CORE | MODEL | {"kernels/cuda", "kernels/cuda/step"},
+    "kernels/cuda/step": CORE | MODEL | {"kernels/comm", "kernels/cuda", "kernels/cuda/step"},
     "kernels/comm": CORE | {"kernels/comm"},
     "kernels/cuda/serve": CORE | MODEL | {"kernels/cuda", "kernels/cuda/serve"},
     "kernels/model": CORE | OPS | MODEL,

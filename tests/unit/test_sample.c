@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "kernels/core/file.h"
+#include "kernels/core/num.h"
 #include "kernels/core/rng.h"
 #include "tests/testkit/hand_shards.h"
 #include "trainer/batch.h"
@@ -280,44 +281,47 @@ static void test_epochs(void **state) {
     }
 }
 
-/* With room for one document at a time, shuffled windows stay inside their group; groups part the documents;
- * every window is still asked once an epoch, from any cursor. */
-static void test_groups(void **state) {
-    (void)state;
-    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], LOOK[3], "sample.order=shuffled"};
+/* Without room for two documents, shuffled windows stay inside their group; groups part the documents and
+ * have at least the windows of a step; every window is still asked once an epoch, from any cursor. */
+static void check_groups(const char *batch, int64_t rows) {
+    const char *set[] = {LOOK[0], LOOK[1], LOOK[3], batch, "sample.order=shuffled"};
     bench x = {0};
     lsa_err err = {0};
     open_bench(&x, 64, set, 5);
-    assert_int_equal(lsa_order_groups(x.o, 0, 0), 1); /* everything fits the default pool */
+    assert_true(lsa_order_whole(x.o, 0)); /* everything fits the default pool */
+    assert_int_equal(lsa_order_groups(x.o, 0, 0), 1);
     lsa_order_destroy(x.o);
     x.r.pool_mib = 0;
     assert_int_equal(lsa_order_create(&x.o, x.s, &x.r, 0, 1, &err), LSA_OK);
     const int64_t n = lsa_order_epoch_windows(x.o);
     int64_t at[64] = {0};
-    for (int64_t e = 0; e < 2; e++) {
+    assert_true(lsa_order_whole(x.o, 0) == (n < 2 * rows));
+    for (int64_t e = 0; e < 8; e++) {
         const int64_t n_group = lsa_order_groups(x.o, 0, e);
-        bool in_group[HAND_DOCS] = {false};
-        assert_int_equal(n_group, HAND_DOCS);
+        int64_t group_of[HAND_DOCS] = {-1, -1, -1, -1, -1}, windows[HAND_DOCS] = {0};
+        assert_true(n_group >= 1 && n_group <= HAND_DOCS && (n_group == 1 || !lsa_order_whole(x.o, 0)));
+        if (rows == 1) assert_int_equal(n_group, 4); /* four documents have windows */
         for (int64_t g = 0; g < n_group; g++) {
-            const int64_t *doc;
-            assert_int_equal(lsa_order_group_docs(x.o, 0, e, g, &doc), 1);
-            assert_false(in_group[doc[0]]);
-            in_group[doc[0]] = true;
+            const int64_t *doc, n_doc = lsa_order_group_docs(x.o, 0, e, g, &doc);
+            for (int64_t i = 0; i < n_doc; i++) {
+                assert_int_equal(group_of[doc[i]], -1);
+                group_of[doc[i]] = g;
+            }
         }
         uint8_t seen[HAND_DOCS][16] = {{0}};
         int64_t last = -1;
         for (int64_t i = 0; i < n; i++) {
-            const int64_t *mine;
             lsa_place p;
             assert_int_equal(lsa_order_at(&p, x.o, 0, e * n + i, NULL), LSA_OK);
             const int64_t doc = p.doc, w = p.window, g = p.group;
             assert_true(g >= last);
             last = g;
-            assert_int_equal(lsa_order_group_docs(x.o, 0, e, g, &mine), 1);
-            assert_int_equal(mine[0], doc);
+            assert_int_equal(group_of[doc], g);
             assert_false(seen[doc][w]++);
+            windows[g]++;
             if (e == 0) at[i] = 100 * doc + w;
         }
+        for (int64_t g = 0; g < n_group; g++) assert_true(windows[g] >= lsa_min_i64(rows, n));
     }
     for (int64_t i = n - 1; i >= 0; i -= 3) { /* any cursor, backwards */
         lsa_place p;
@@ -325,6 +329,13 @@ static void test_groups(void **state) {
         assert_int_equal(100 * p.doc + p.window, at[i]);
     }
     close_bench(&x);
+}
+static void test_groups(void **state) {
+    (void)state;
+    check_groups("train.batch=1", 1);
+    check_groups("train.batch=5", 5);
+    check_groups("train.batch=7", 7);
+    check_groups("train.batch=11", 11); /* of 21 windows */
 }
 
 /* ---- virtual shards ---- */

@@ -277,24 +277,27 @@ static __global__ void __launch_bounds__(THREADS) page_key_k(const __grid_consta
                                                (((uint64_t)1 << PAGE_BITS) - 1 - (uint64_t)page);
 }
 
-/* Sum over 1,024 threads of the values of those before (exclusive), and of all. */
-static __device__ uint32_t scan(uint32_t v, uint32_t *total) {
-    __shared__ uint32_t part[32];
-    const int t = threadIdx.x, lane = t & 31;
-    uint32_t upto = v, before = 0, all = 0;
+/* Sum over the lanes up to this one. */
+static __device__ __forceinline__ uint32_t warp_upto(uint32_t v) {
+    const int lane = threadIdx.x & 31;
     for (int o = 1; o < 32; o *= 2) {
-        const uint32_t x = __shfl_up_sync(0xffffffffu, upto, o);
-        if (lane >= o) upto += x;
+        const uint32_t x = __shfl_up_sync(0xffffffffu, v, o);
+        if (lane >= o) v += x;
     }
+    return v;
+}
+
+/* Sum over 1,024 threads of the values of those before. */
+static __device__ uint32_t scan(uint32_t v) {
+    __shared__ uint32_t part[32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const uint32_t upto = warp_upto(v);
     __syncthreads();
-    if (lane == 31) part[t >> 5] = upto;
+    if (lane == 31) part[warp] = upto;
     __syncthreads();
-    for (int w = 0; w < 32; w++) {
-        if (w < t >> 5) before += part[w];
-        all += part[w];
-    }
-    *total = all;
-    return before + upto - v;
+    const uint32_t warps = warp_upto(part[lane]); /* every warp for itself */
+    const uint32_t before = __shfl_sync(0xffffffffu, warps, warp > 0 ? warp - 1 : 0);
+    return (warp > 0 ? before : 0) + upto - v;
 }
 
 /* bin[b]++ by some threads of a warp; those with the same bin, as most pages have at first, add once
@@ -351,10 +354,10 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
                 count_in(bin, (uint32_t)(x >> shift) & (BINS - 1));
         });
         __syncthreads();
-        uint32_t total, v[OWN], sum = 0;
+        uint32_t v[OWN], sum = 0;
 #pragma unroll
         for (int j = 0; j < OWN; j++) sum += v[j] = bin[BINS - 1 - t * OWN - j];
-        uint32_t before = scan(sum, &total);
+        uint32_t before = scan(sum);
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             if (before < k && k <= (int64_t)before + v[j]) {
@@ -372,11 +375,12 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
             if (x >> above == found >> above) few[atomicAdd(&n_few, 1u)] = x;
         });
         __syncthreads();
-        if (t < (int)n_few) {
-            int64_t larger = 0;
-            for (uint32_t j = 0; j < n_few; j++) larger += few[j] > few[t];
-            if (larger == k_at - 1) found_at = few[t];
-        }
+        const uint32_t which = (uint32_t)t / 2; /* two threads a key */
+        const uint64_t own = which < n_few ? few[which] : 0;
+        int larger = 0;
+        for (uint32_t j = t & 1; j < n_few; j += 2) larger += few[j] > own;
+        larger += __shfl_xor_sync(0xffffffffu, larger, 1);
+        if (which < n_few && larger == k_at - 1) found_at = own;
         __syncthreads();
     }
     /* ids: KEPT times 1,024 pages at a time; entry j of a warp's counts precedes entry j + 1 of all */
@@ -384,27 +388,27 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
     const int lane = t & 31;
     int64_t written = 0;
     for (int64_t p0 = 0; p0 < n_page; p0 += KEPT * 1024) {
-        uint32_t word[KEPT], *const counts = bin, *const first = bin + KEPT * 32;
+        uint32_t word[KEPT], *const first = bin, *const total = bin + KEPT * 32;
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < KEPT; j++) {
             const int64_t p = p0 + j * 1024 + t;
             word[j] = __ballot_sync(0xffffffffu, p < n_page && (p0 ? key[p] : mine[j]) >= bound);
-            if (lane == 0) counts[j * 32 + (t >> 5)] = __popc(word[j]);
+            if (lane == 0) first[j * 32 + (t >> 5)] = __popc(word[j]);
         }
         __syncthreads();
-        if (t < KEPT * 32) {
-            uint32_t before = 0;
-            for (int w = 0; w < KEPT * 32; w++) before += w < t ? counts[w] : 0;
-            first[t] = before;
+        if (t < KEPT * 32) { /* warp j: entries of the j-th keys */
+            const uint32_t n = first[t], upto = warp_upto(n);
+            first[t] = upto - n;
+            if (lane == 31) total[t >> 5] = upto;
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < KEPT; j++) {
             const int64_t to = written + first[j * 32 + (t >> 5)] + __popc(word[j] & ((1u << lane) - 1));
             if (word[j] >> lane & 1 && to < a.ld_out) a.out[i * a.ld_out + to] = (int32_t)(p0 + j * 1024 + t);
+            written += total[j];
         }
-        written += first[KEPT * 32 - 1] + counts[KEPT * 32 - 1];
     }
     if (t == 0) a.n_out[i] = (int32_t)min(written, a.ld_out);
 }

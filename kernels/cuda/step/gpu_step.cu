@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cuda/step/ranks.h"
 #include "kernels/cuda/step/timing.cuh"
 
 /* Zeroed memory; with poison bytes 0xFF (NaN, -1) between guard zones. */
@@ -50,6 +51,10 @@ static lsa_status check(const lsa_indexer_geom *g, const lsa_gpu_opts *o, lsa_er
     if (o->batch < 1 || o->micro < 1 || o->batch % o->micro)
         LSA_RET_FAIL(LSA_E_CONFIG, "train.micro_batch %lld must divide train.batch %lld", (long long)o->micro,
                      (long long)o->batch);
+    if (o->comm && o->bf16_gradients && o->micro < o->batch)
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "optim.exchange bf16 needs a rank's windows at once: train.micro_batch 0, or exchange f32");
     if (o->columns < 1 || o->max_chunk > 1600000)
         LSA_RET_FAIL(LSA_E_CONFIG, "windows of up to %lld chunks: this path takes at most 1,600,000",
                      (long long)o->max_chunk);
@@ -60,7 +65,7 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_gpu_opts *o = &s->o;
     const int64_t L = s->g.n_layer, m = o->micro, B = o->batch, d = s->g.hidden, r = s->g.rank,
-                  H = s->g.n_head, P = s->n_param;
+                  H = s->g.n_head, P = s->n_param, M = L * s->shard.own;
     const bool z = s->eval_only || !step_pointwise(s);
     if (!s->eval_only) {
         STEP_NEW(s->p, P);
@@ -89,17 +94,20 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
         return LSA_OK;
     }
     STEP_NEW(s->grad, P);
+    if (o->comm && o->bf16_gradients) STEP_NEW(s->g16, P);
     if (o->bf16_moments) {
-        STEP_NEW(s->m16, P);
-        STEP_NEW(s->v16, P);
+        STEP_NEW(s->m16, M);
+        STEP_NEW(s->v16, M);
     } else {
-        STEP_NEW(s->m, P);
-        STEP_NEW(s->v, P);
+        STEP_NEW(s->m, M);
+        STEP_NEW(s->v, M);
     }
     if (o->poison) { /* moments start at 0 */
-        LSA_CUDA(cudaMemsetAsync(s->m ? (void *)s->m : s->m16, 0, (size_t)P * (s->m ? 4 : 2), s->cs->stream));
-        LSA_CUDA(cudaMemsetAsync(s->v ? (void *)s->v : s->v16, 0, (size_t)P * (s->v ? 4 : 2), s->cs->stream));
+        LSA_CUDA(cudaMemsetAsync(s->m ? (void *)s->m : s->m16, 0, (size_t)M * (s->m ? 4 : 2), s->cs->stream));
+        LSA_CUDA(cudaMemsetAsync(s->v ? (void *)s->v : s->v16, 0, (size_t)M * (s->v ? 4 : 2), s->cs->stream));
     }
+    STEP_NEW(s->total, 3);
+    STEP_NEW(s->hash, 1);
     STEP_NEW(s->n_pos, B);
     if (o->sampled) STEP_NEW(s->cand, B * o->columns);
     STEP_NEW(s->y, B * o->columns);
@@ -127,30 +135,51 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     return LSA_OK;
 }
 
-static __global__ void to_bf16_k(const float *x, int64_t n, bf16 *y) {
-    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256)
-        y[i] = __float2bfloat16(x[i]);
+/* Between the flat place of a rank's own elements and where their moments lie. */
+template <typename T>
+static __global__ void own_from_flat_k(const float *flat, int64_t layer_param, int64_t n,
+                                       const __grid_constant__ lsa_gpu_shard own, T *out) {
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
+        const int64_t l = i / own.own;
+        out[i] = (T)flat[l * layer_param + step_own_place(own, i - l * own.own)];
+    }
 }
-static __global__ void to_f32_k(const bf16 *x, int64_t n, float *y) {
-    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256)
-        y[i] = __bfloat162float(x[i]);
+template <typename T>
+static __global__ void flat_from_own_k(const T *in, int64_t layer_param, int64_t n,
+                                       const __grid_constant__ lsa_gpu_shard own, float *flat) {
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
+        const int64_t l = i / own.own;
+        flat[l * layer_param + step_own_place(own, i - l * own.own)] = (float)in[i];
+    }
 }
 
-/* Host f32 moments into f32 or bf16 memory; the gradient's memory is the way station. */
+/* Moments from and to flat host memory; the gradient's memory is the way station. */
 static lsa_status put_moment(lsa_gpu_step *s, const float *host, float *to, bf16 *to16, lsa_err *err) {
-    const size_t bytes = (size_t)s->n_param * sizeof(float);
+    const int64_t n = s->g.n_layer * s->shard.own;
     if (!host) return LSA_OK;
-    LSA_CUDA(cudaMemcpyAsync(to ? to : s->grad, host, bytes, cudaMemcpyHostToDevice, s->cs->stream));
-    if (!to) to_bf16_k<<<4096, 256, 0, s->cs->stream>>>(s->grad, s->n_param, to16);
-    LSA_LAUNCHED("to_bf16");
+    LSA_CUDA(cudaMemcpyAsync(s->grad, host, (size_t)s->n_param * sizeof(float), cudaMemcpyHostToDevice,
+                             s->cs->stream));
+    if (to)
+        own_from_flat_k<<<4096, 256, 0, s->cs->stream>>>(s->grad, s->layer_param, n, s->shard, to);
+    else
+        own_from_flat_k<<<4096, 256, 0, s->cs->stream>>>(s->grad, s->layer_param, n, s->shard, to16);
+    LSA_LAUNCHED("moments in");
 }
 static lsa_status get_moment(lsa_gpu_step *s, float *host, const float *from, const bf16 *from16,
                              lsa_err *err) {
-    const size_t bytes = (size_t)s->n_param * sizeof(float);
-    if (!host) return LSA_OK;
-    if (!from) to_f32_k<<<4096, 256, 0, s->cs->stream>>>(from16, s->n_param, s->grad);
-    LSA_CUDA(cudaMemcpyAsync(host, from ? from : s->grad, bytes, cudaMemcpyDeviceToHost, s->cs->stream));
-    return LSA_OK;
+    lsa_status st = LSA_OK;
+    const int64_t n = s->g.n_layer * s->shard.own;
+    if (!host && !s->ranks) return LSA_OK; /* other ranks may want it */
+    if (from)
+        flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from, s->layer_param, n, s->shard, s->grad);
+    else
+        flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from16, s->layer_param, n, s->shard, s->grad);
+    LSA_TRY(step_ranks_gather(s, s->grad, err));
+    if (host)
+        LSA_CUDA(cudaMemcpyAsync(host, s->grad, (size_t)s->n_param * sizeof(float), cudaMemcpyDeviceToHost,
+                                 s->cs->stream));
+done:
+    return st;
 }
 
 static lsa_status set_params(lsa_gpu_step *s, const float *params, lsa_err *err) {
@@ -160,6 +189,18 @@ static lsa_status set_params(lsa_gpu_step *s, const float *params, lsa_err *err)
     if (st != LSA_OK) return st;
     LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
     return LSA_OK;
+}
+
+static void drop_gain(lsa_gpu_shard *s) {
+    lsa_gpu_shard kept = {};
+    for (int i = 0; i < s->n_piece; i++) {
+        lsa_gpu_piece p = s->piece[i];
+        if (p.gain) continue;
+        p.at = kept.own;
+        kept.own += p.n;
+        kept.piece[kept.n_piece++] = p;
+    }
+    *s = kept;
 }
 
 /* What every step object has: geometry, memory, plans. */
@@ -175,6 +216,12 @@ static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     s->at_wb = lsa_indexer_tensor_at(&s->g, 0, LSA_WQ_B).offset;
     s->at_gn = lsa_indexer_tensor_at(&s->g, 0, LSA_Q_NORM).offset;
     s->at_ww = lsa_indexer_tensor_at(&s->g, 0, LSA_W_PROJ).offset;
+    s->shard = {1, {{0, s->layer_param, 0, false}}, s->layer_param};
+    if (s->o.comm && !s->eval_only) {
+        LSA_TRY(lsa_gpu_shard_make(&s->norm, &s->g, lsa_comm_rank(s->o.comm), lsa_comm_size(s->o.comm), err));
+        if (s->o.sharded) s->shard = s->norm;
+        if (lsa_comm_rank(s->o.comm) > 0) drop_gain(&s->norm); /* counted once, by rank 0 */
+    }
     LSA_CUDA(cudaGetDeviceProperties(&prop, s->cs->device));
     s->sm90 = prop.major == 9 && prop.minor == 0 && !s->o.portable;
     s->n_sm = prop.multiProcessorCount;
@@ -183,6 +230,7 @@ static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     LSA_CUDA(cudaStreamCreateWithFlags(&s->copy, cudaStreamNonBlocking));
     LSA_CUDA(cudaDeviceGetDefaultMemPool(&pool, s->cs->device));
     LSA_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    LSA_TRY(step_ranks_open(s, err));
 done:
     return st;
 }
@@ -241,7 +289,8 @@ done:
 
 extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
     if (!s) return;
-    cudaStreamSynchronize(s->cs->stream);
+    if (step_ranks_await(s, NULL, "ending", NULL) != LSA_OK) cudaStreamSynchronize(s->cs->stream);
+    step_ranks_close(s);
     if (s->copy) {
         cudaStreamSynchronize(s->copy);
         cudaStreamDestroy(s->copy);
@@ -259,7 +308,7 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
                        s->cand,       s->y,     s->weight,   s->x,       s->u,        s->qlin,   s->dq,
                        s->da,         s->dw,    s->a,        s->rstd,    s->w,        s->z,      s->du,
                        s->dg_part,    s->zcopy, s->row_loss, s->partial, s->control,  s->bound,  s->eval,
-                       s->row_weight, s->word};
+                       s->row_weight, s->word,  s->g16,      s->total,   s->hash};
     for (size_t i = 0; i < sizeof p / sizeof *p && !s->n_guarded; i++) cudaFree(p[i]);
     for (int i = 0; i < s->n_guarded; i++) cudaFree(s->guarded[i].base);
     cudaFreeHost(s->desc_host);
@@ -404,13 +453,17 @@ done:
     return st;
 }
 
-static lsa_status step_weight_grads(lsa_gpu_step *s, bool add, lsa_err *err) {
+/* last: of the micro-batches, so that what is formed is the whole gradient of this rank. */
+static lsa_status step_weight_grads(lsa_gpu_step *s, bool add, bool last, lsa_err *err) {
     lsa_status st = LSA_OK;
     LSA_TRY(step_gemm_run(s, GEMM_DWB, add, err));
+    if (last) LSA_TRY(step_ranks_reduce(s, STEP_WQ_B, err));
     LSA_TRY(step_gemm_run(s, GEMM_DU, false, err));
     LSA_TRY(step_norm_bwd(s, add, err));
     LSA_TRY(step_gemm_run(s, GEMM_DWA, add, err));
     LSA_TRY(step_gemm_run(s, GEMM_DWW, add, err));
+    if (last) LSA_TRY(step_ranks_reduce(s, STEP_OTHERS, err));
+    if (last) LSA_TRY(step_ranks_join(s, err));
 done:
     return st;
 }
@@ -421,10 +474,11 @@ static lsa_status enqueue(lsa_gpu_step *s, lsa_err *err) {
     for (int64_t first = 0; first < s->o.batch; first += s->o.micro) {
         LSA_TRY(step_query(s, first, s->o.micro, err));
         LSA_TRY(step_scores(s, first, err));
-        LSA_TRY(step_weight_grads(s, first > 0, err));
+        LSA_TRY(step_weight_grads(s, first > 0, first + s->o.micro == s->o.batch, err));
     }
     LSA_TRY(step_norm_and_control(s, err));
     LSA_TRY(step_update(s, err));
+    LSA_TRY(step_ranks_share(s, err));
 done:
     return st;
 }
@@ -465,27 +519,75 @@ done:
 
 extern "C" lsa_status lsa_gpu_result_take(lsa_gpu_step *s, lsa_gpu_result *out, lsa_err *err) {
     if (s->taken == s->launched) LSA_RET_FAIL(LSA_E_ARG, "no step is in flight");
-    LSA_CUDA(cudaEventSynchronize(s->done[s->taken % LSA_GPU_FLIGHT]));
+    const lsa_status st =
+        step_ranks_await(s, s->done[s->taken % LSA_GPU_FLIGHT], "training on the GPUs", err);
+    if (st != LSA_OK) return st;
     *out = s->result_host[s->taken % LSA_GPU_FLIGHT];
     s->taken++;
     return LSA_OK;
 }
 
+extern "C" lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err) {
+    LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
+    return LSA_OK;
+}
+
 extern "C" lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
     lsa_status st = LSA_OK;
+    LSA_TRY(step_ranks_gather(s, s->p, err));
     if (params)
         LSA_CUDA(cudaMemcpyAsync(params, s->p, (size_t)s->n_param * sizeof(float), cudaMemcpyDeviceToHost,
                                  s->cs->stream));
     LSA_TRY(get_moment(s, m, s->m, s->m16, err));
     LSA_TRY(get_moment(s, v, s->v, s->v16, err));
-    LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
+    LSA_TRY(step_ranks_await(s, NULL, "gathering the state of the GPUs", err));
 done:
     return st;
+}
+
+/* NUMERIC: a sum of mixed words, so that the order of threads does not matter. */
+static __device__ __forceinline__ unsigned long long mixed(uint64_t i, uint32_t bits) {
+    uint64_t x = (i << 32 | bits) + 0x9E3779B97F4A7C15ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+static __global__ void hash_k(const bf16 *p16, const float *p, int64_t n, int64_t layer_param, int64_t gain0,
+                              int64_t gain1, unsigned long long *out) {
+    unsigned long long sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
+        const int64_t at = i % layer_param;
+        sum += mixed((uint64_t)i, at >= gain0 && at < gain1 ? __float_as_uint(p[i])
+                                                            : (uint32_t)__bfloat16_as_ushort(p16[i]));
+    }
+    for (int o = 16; o >= 1; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    if (threadIdx.x % 32 == 0) atomicAdd(out, sum);
+}
+extern "C" lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
+    unsigned long long h = 0;
+    LSA_CUDA(cudaMemsetAsync(s->hash, 0, sizeof *s->hash, s->cs->stream));
+    hash_k<<<4096, 256, 0, s->cs->stream>>>(s->p16, s->p, s->n_param, s->layer_param, s->at_gn,
+                                            s->at_gn + s->g.rank, s->hash);
+    LSA_CUDA(cudaMemcpyAsync(&h, s->hash, sizeof h, cudaMemcpyDeviceToHost, s->cs->stream));
+    const lsa_status st = step_ranks_await(s, NULL, "comparing the GPUs", err);
+    *out = h;
+    return st;
+}
+
+static __global__ void widen_k(const bf16 *g16, int64_t n, int64_t layer_param, int64_t gain0, int64_t gain1,
+                               float *g) {
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
+        const int64_t at = i % layer_param;
+        if (at < gain0 || at >= gain1) g[i] = __bfloat162float(g16[i]);
+    }
 }
 
 extern "C" lsa_status lsa_gpu_peek(lsa_gpu_step *s, int32_t *n_cand, int32_t *n_pos, int32_t *cand, float *y,
                                    float *weight, float *grad, lsa_err *err) {
     const size_t B = (size_t)s->o.batch, n = (size_t)s->o.columns;
+    if (grad && s->g16)
+        widen_k<<<4096, 256, 0, s->cs->stream>>>(s->g16, s->n_param, s->layer_param, s->at_gn,
+                                                 s->at_gn + s->g.rank, s->grad);
     LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
     if (n_cand) LSA_CUDA(cudaMemcpy(n_cand, s->n_cand, B * 4, cudaMemcpyDeviceToHost));
     if (n_pos) LSA_CUDA(cudaMemcpy(n_pos, s->n_pos, B * 4, cudaMemcpyDeviceToHost));
@@ -512,9 +614,12 @@ extern "C" lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_
     STAGE("norm forward", step_norm_fwd(s, err));
     STAGE("scores, loss, gradient", step_scores(s, 0, err));
     STAGE("norm backward", step_norm_bwd(s, false, err));
-    STAGE("weight gradients", step_weight_grads(s, false, err));
+    STAGE("weight gradients", step_weight_grads(s, false, true, err));
     STAGE("gradient norm", step_norm_and_control(s, err));
     STAGE("AdamW", step_update(s, err));
+    if (s->ranks && s->o.sharded) {
+        STAGE("weights of the other GPUs", step_ranks_share(s, err));
+    }
 #undef STAGE
     for (int backward = 0; backward < 2; backward++) {
         lsa_err why = {};

@@ -68,14 +68,15 @@ lsa_status step_gemm_plan(lsa_gpu_step *s, lsa_err *err) {
     const int64_t m = s->o.micro, d = s->g.hidden, r = s->g.rank, H = s->g.n_head, q = H * 128,
                   P = s->layer_param;
     const float c = (float)(1.0 / sqrt((double)s->g.head_dim * (double)H));
+    const cudaDataType_t grad = s->g16 ? CUDA_R_16BF : CUDA_R_32F;
     const product list[STEP_GEMMS] = {
         {false, true, m, r, d, m * d, P, m * r, CUDA_R_32F, 1},  /* A:   a = x Wa^T */
         {false, true, m, H, d, m * d, P, m * H, CUDA_R_32F, c},  /* W:   w = c x Ww^T */
         {false, true, m, q, r, m * r, P, m * q, CUDA_R_16BF, 1}, /* Q:   q = u Wb^T */
         {false, false, m, r, q, m * q, P, m * r, CUDA_R_32F, 1}, /* DU:  du = dq Wb */
-        {true, false, q, r, m, m * q, m * r, P, CUDA_R_32F, 1},  /* DWB: dWb = dq^T u */
-        {true, false, r, d, m, m * r, m * d, P, CUDA_R_32F, 1},  /* DWA: dWa = da^T x */
-        {true, false, H, d, m, m * H, m * d, P, CUDA_R_32F, c},  /* DWW: dWw = c dw^T x */
+        {true, false, q, r, m, m * q, m * r, P, grad, 1},        /* DWB: dWb = dq^T u */
+        {true, false, r, d, m, m * r, m * d, P, grad, 1},        /* DWA: dWa = da^T x */
+        {true, false, H, d, m, m * H, m * d, P, grad, c},        /* DWW: dWw = c dw^T x */
     };
     const int last = s->eval_only ? GEMM_Q : GEMM_DWW;
     for (int i = 0; i <= last; i++) {
@@ -124,6 +125,10 @@ void step_random_bf16(lsa_gpu_step *s, bf16 *x, int64_t n) {
     random_k<<<4096, 256, 0, s->cs->stream>>>(x, n);
 }
 
+static void *gradient_at(const lsa_gpu_step *s, int64_t at) {
+    return s->g16 ? (void *)(s->g16 + at) : (void *)(s->grad + at);
+}
+
 lsa_status step_gemm_run(lsa_gpu_step *s, step_gemm_id id, bool add, lsa_err *err) {
     const step_gemm *const g = add ? &s->gemm_add[id] : &s->gemm[id];
     const void *a = NULL, *b = NULL;
@@ -142,13 +147,13 @@ lsa_status step_gemm_run(lsa_gpu_step *s, step_gemm_id id, bool add, lsa_err *er
         a = s->dq, b = s->p16 + s->at_wb, c = s->du;
         break;
     case GEMM_DWB:
-        a = s->dq, b = s->u, c = s->grad + s->at_wb;
+        a = s->dq, b = s->u, c = gradient_at(s, s->at_wb);
         break;
     case GEMM_DWA:
-        a = s->da, b = s->x, c = s->grad + s->at_wa;
+        a = s->da, b = s->x, c = gradient_at(s, s->at_wa);
         break;
     case GEMM_DWW:
-        a = s->dw, b = s->x, c = s->grad + s->at_ww;
+        a = s->dw, b = s->x, c = gradient_at(s, s->at_ww);
         break;
     }
     return step_gemm_on(s, g, a, b, c, err);

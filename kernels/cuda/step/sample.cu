@@ -6,7 +6,7 @@
  * chunk. Hence no order of threads and no state: trainer/batch.c does the same on the CPU and gets the same
  * chunks. Chosen chunks come in ascending order. */
 #include "kernels/core/rng.h"
-#include "kernels/cuda/step/step_state.h"
+#include "kernels/cuda/step/ranks.h"
 
 enum { THREADS = 512 };
 #include "kernels/cuda/step/choose.cuh"
@@ -244,10 +244,10 @@ static __global__ void __launch_bounds__(THREADS) dense_k(const __grid_constant_
     }
 }
 
-/* The loss's denominator over the whole batch. One block. */
+/* The loss's denominator: this rank's windows. One block. */
 static __global__ void __launch_bounds__(THREADS)
     totals_k(const int32_t *n_cand, const int32_t *n_pos, const float *row_weight, int64_t B,
-             lsa_step_loss kind, double balance, double share, step_control *control) {
+             lsa_step_loss kind, double balance, double *total) {
     double s = 0;
     for (int64_t i = threadIdx.x; i < B; i += THREADS) {
         if (kind == LSA_STEP_KL)
@@ -258,8 +258,12 @@ static __global__ void __launch_bounds__(THREADS)
             s += balance > 0 ? (1.0 + balance) * (double)n_pos[i] : (double)n_cand[i];
     }
     s = block_total(s);
-    if (threadIdx.x == 0)
-        control->loss_scale = (float)(share / (kind == LSA_STEP_KL ? (s > 0 ? s : 1.0) : fmax(1.0, s)));
+    if (threadIdx.x == 0) *total = s;
+}
+/* And of all ranks' windows. */
+static __global__ void scale_k(const double *total, lsa_step_loss kind, double share, step_control *control) {
+    const double s = *total;
+    control->loss_scale = (float)(share / (kind == LSA_STEP_KL ? (s > 0 ? s : 1.0) : fmax(1.0, s)));
 }
 
 lsa_status step_prepare(lsa_gpu_step *s, lsa_err *err) {
@@ -281,8 +285,10 @@ lsa_status step_prepare(lsa_gpu_step *s, lsa_err *err) {
         dense_k<<<B, THREADS, 0, st>>>(a);
     }
     totals_k<<<1, THREADS, 0, st>>>(s->n_cand, s->n_pos, s->row_weight, o->batch, o->loss,
-                                    o->balance ? o->neg_ratio : 0.0, o->on_sum ? 1.0 : 1.0 / s->g.n_layer,
-                                    s->control);
+                                    o->balance ? o->neg_ratio : 0.0, s->total);
+    const lsa_status added = step_ranks_add(s, s->total, 1, err);
+    if (added != LSA_OK) return added;
+    scale_k<<<1, 1, 0, st>>>(s->total, o->loss, o->on_sum ? 1.0 : 1.0 / s->g.n_layer, s->control);
     LSA_LAUNCHED("prepare");
 }
 

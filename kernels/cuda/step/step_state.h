@@ -11,6 +11,8 @@
 #include "kernels/cuda/cuda_state.h"
 
 extern "C" {
+#include "kernels/comm/comm.h"
+#include "kernels/model/gpu_shard.h"
 #include "kernels/model/gpu_step.h"
 }
 
@@ -74,9 +76,13 @@ struct lsa_gpu_step {
     int64_t at_wa, at_wb, at_gn, at_ww; /* offsets inside a layer */
     bool sm90, eval_only;               /* eval_only: p, p16 and freq are borrowed */
     int n_sm;
-    /* weights */
+    /* weights; moments [L, shard.own] */
     float *p, *grad, *m, *v; /* m, v: bf16 with bf16_moments */
     bf16 *p16, *m16, *v16;
+    bf16 *g16; /* gradients of the projections, if exchanged in bf16 */
+    /* several GPUs */
+    struct step_ranks *ranks;
+    lsa_gpu_shard shard, norm; /* what this rank updates; what it adds up for the norm */
     float *freq;
     /* pool */
     step_doc *doc;     /* [n_slot] */
@@ -101,6 +107,8 @@ struct lsa_gpu_step {
     int n_guarded;
     /* control */
     step_control *control;
+    double *total; /* [3] the loss's denominator; squares of the gradient, loss: of all ranks */
+    unsigned long long *hash;
     uint8_t *desc_host, *desc; /* ring of LSA_GPU_FLIGHT descriptors: pinned, mapped */
     size_t desc_bytes;
     lsa_gpu_result *result_host, *result; /* ring */
@@ -170,6 +178,15 @@ lsa_status score_z_sm90(lsa_gpu_step *s, const score_args *a, int splits, lsa_er
 lsa_status score_grad_sm90(lsa_gpu_step *s, const score_args *a, bool pointwise, lsa_err *err);
 lsa_status score_any(lsa_gpu_step *s, const score_args *a, int mode, lsa_err *err);
 enum { SCORE_Z = 0, SCORE_GRAD, SCORE_POINTWISE };
+
+/* Where element i of a rank's own lies in the layer. Pieces are whole fours, so four neighbours stay
+ * together.
+ */
+static __device__ __forceinline__ int64_t step_own_place(const lsa_gpu_shard &s, int64_t i) {
+    int k = 0;
+    while (k + 1 < s.n_piece && i >= s.piece[k + 1].at) k++;
+    return s.piece[k].first + (i - s.piece[k].at);
+}
 
 /* Loss and its derivative of one element, notes 7.3; y smoothed already. */
 static __device__ __forceinline__ float loss_point(float z, float y, bool focal, float *dz) {

@@ -2,7 +2,7 @@
  * the host. */
 #include <math.h>
 
-#include "kernels/cuda/step/step_state.h"
+#include "kernels/cuda/step/ranks.h"
 
 enum { THREADS = 256 };
 
@@ -139,6 +139,16 @@ lsa_status step_loss(lsa_gpu_step *s, int64_t first, lsa_err *err) {
 
 /* ---- norm and control ---- */
 
+/* Four elements; the norm gains' are always in f32. */
+template <bool NARROW>
+static __device__ __forceinline__ float4 load_gradient(const float *g, const bf16 *g16, int64_t at,
+                                                       bool gain) {
+    if (!NARROW || gain) return __ldcs((const float4 *)(g + at));
+    const uint2 h = __ldcs((const uint2 *)(g16 + at));
+    return make_float4(__uint_as_float(h.x << 16), __uint_as_float(h.x & 0xffff0000u),
+                       __uint_as_float(h.y << 16), __uint_as_float(h.y & 0xffff0000u));
+}
+
 static __global__ void __launch_bounds__(THREADS) sumsq_k(const float4 *g, int64_t n4, double *part) {
     double total = 0;
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
@@ -158,26 +168,48 @@ static __global__ void __launch_bounds__(THREADS) sumsq_k(const float4 *g, int64
     if (threadIdx.x == 0) part[blockIdx.x] = total;
 }
 
+/* The same over this rank's pieces of the layers; NARROW: of the gradient exchanged in bf16. */
+template <bool NARROW>
+static __global__ void __launch_bounds__(THREADS)
+    sumsq_own_k(const float *g, const bf16 *g16, int64_t layer_param, int64_t gain0, int64_t gain1,
+                int64_t n_layer, const __grid_constant__ lsa_gpu_shard own, double *part) {
+    double total = 0;
+    const int64_t own4 = own.own / 4, step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n_layer * own4; i += step) {
+        const int64_t l = i / own4;
+        const int64_t place = step_own_place(own, 4 * (i - l * own4));
+        const float4 a =
+            load_gradient<NARROW>(g, g16, l * layer_param + place, place >= gain0 && place < gain1);
+        total += (double)(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w);
+    }
+    total = lsa_block_sum(total);
+    if (threadIdx.x == 0) part[blockIdx.x] = total;
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    totals_k(const double *part, const double *row_loss, int64_t n_loss, double *total) {
+    double s = 0, loss = 0;
+    for (int i = threadIdx.x; i < STEP_PARTIALS; i += THREADS) s += part[i];
+    for (int64_t i = threadIdx.x; i < n_loss; i += THREADS) loss += row_loss[i];
+    s = lsa_block_sum(s);
+    loss = lsa_block_sum(loss);
+    if (threadIdx.x == 0) total[0] = s, total[1] = loss;
+}
+
 struct control_args {
-    const double *part, *row_loss;
-    int64_t n_loss;
+    const double *total;
     const step_desc *desc;
     step_control *control;
     lsa_gpu_result *result;
     float beta1, beta2, weight_decay, clip;
 };
 
-static __global__ void __launch_bounds__(THREADS) control_k(const __grid_constant__ control_args a) {
-    double s = 0, loss = 0;
-    for (int i = threadIdx.x; i < STEP_PARTIALS; i += THREADS) s += a.part[i];
-    for (int64_t i = threadIdx.x; i < a.n_loss; i += THREADS) loss += a.row_loss[i];
-    s = lsa_block_sum(s);
-    loss = lsa_block_sum(loss);
-    if (threadIdx.x != 0) return;
+static __global__ void control_k(const __grid_constant__ control_args a) {
+    const double loss = a.total[1];
     step_control *const c = a.control;
     const int64_t slot = c->launched % LSA_GPU_FLIGHT;
     const float lr = a.desc[slot].lr;
-    const double norm = sqrt(s);
+    const double norm = sqrt(a.total[0]);
     c->skip = !isfinite(loss) || !isfinite(norm);
     if (!c->skip) c->updates++;
     const double t = (double)c->updates;
@@ -194,21 +226,26 @@ static __global__ void __launch_bounds__(THREADS) control_k(const __grid_constan
 }
 
 lsa_status step_norm_and_control(lsa_gpu_step *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
     const lsa_gpu_opts *o = &s->o;
-    sumsq_k<<<STEP_PARTIALS, THREADS, 0, s->cs->stream>>>((const float4 *)s->grad, s->n_param / 4,
-                                                          s->partial);
-    const control_args a = {s->partial,
-                            s->row_loss,
-                            o->batch * (o->on_sum ? 1 : s->g.n_layer),
-                            (const step_desc *)s->desc,
-                            s->control,
-                            s->result,
-                            o->beta1,
-                            o->beta2,
-                            o->weight_decay,
-                            o->clip};
-    control_k<<<1, THREADS, 0, s->cs->stream>>>(a);
+    const cudaStream_t stream = s->cs->stream;
+    if (!s->ranks)
+        sumsq_k<<<STEP_PARTIALS, THREADS, 0, stream>>>((const float4 *)s->grad, s->n_param / 4, s->partial);
+    else if (s->g16)
+        sumsq_own_k<true><<<STEP_PARTIALS, THREADS, 0, stream>>>(s->grad, s->g16, s->layer_param, s->at_gn,
+                                                                 s->at_gn + s->g.rank, s->g.n_layer, s->norm,
+                                                                 s->partial);
+    else
+        sumsq_own_k<false><<<STEP_PARTIALS, THREADS, 0, stream>>>(
+            s->grad, NULL, s->layer_param, s->at_gn, s->at_gn + s->g.rank, s->g.n_layer, s->norm, s->partial);
+    totals_k<<<1, THREADS, 0, stream>>>(s->partial, s->row_loss, o->batch * (o->on_sum ? 1 : s->g.n_layer),
+                                        s->total + 1);
+    LSA_TRY(step_ranks_add(s, s->total + 1, 2, err));
+    control_k<<<1, 1, 0, stream>>>({s->total + 1, (const step_desc *)s->desc, s->control, s->result, o->beta1,
+                                    o->beta2, o->weight_decay, o->clip});
     LSA_LAUNCHED("norm");
+done:
+    return st;
 }
 
 /* ---- AdamW over all tensors: one launch; grid.y is the layer ---- */
@@ -218,9 +255,11 @@ struct adamw_args {
     float beta1, beta2, eps;
     bool decay_gain;
     const float *g;
+    const bf16 *g16;
     float *p, *m, *v;
     bf16 *m16, *v16, *p16;
     const step_control *control;
+    lsa_gpu_shard own;
 };
 
 static __device__ __forceinline__ void adam(float &p, float g, float &m, float &v, const adamw_args &a,
@@ -244,24 +283,28 @@ static __device__ __forceinline__ uint32_t mix32(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-template <bool SHORT>
+/* SHORT: bf16 moments; NARROW: the gradient was exchanged in bf16. */
+template <bool SHORT, bool NARROW>
 static __global__ void __launch_bounds__(THREADS) adamw_k(const __grid_constant__ adamw_args a) {
-    const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4,
-                  at = (int64_t)blockIdx.y * a.layer_param + i;
+    const int64_t own = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
     const step_control c = *a.control;
-    if (c.skip || i >= a.layer_param) return;
-    const float decay = i >= a.gain0 && i < a.gain1 && !a.decay_gain ? 1.0f : c.decay;
-    const float4 g = __ldcs((const float4 *)(a.g + at));
+    if (c.skip || own >= a.own.own) return;
+    const int64_t i = step_own_place(a.own, own), at = (int64_t)blockIdx.y * a.layer_param + i,
+                  moment = (int64_t)blockIdx.y * a.own.own + own;
+    const bool gain = i >= a.gain0 && i < a.gain1;
+    const float decay = gain && !a.decay_gain ? 1.0f : c.decay;
+    const float4 g = load_gradient<NARROW>(a.g, a.g16, at, gain);
     float4 p = __ldcs((const float4 *)(a.p + at)), m, v;
     if (SHORT) {
-        const uint2 hm = __ldcs((const uint2 *)(a.m16 + at)), hv = __ldcs((const uint2 *)(a.v16 + at));
+        const uint2 hm = __ldcs((const uint2 *)(a.m16 + moment)),
+                    hv = __ldcs((const uint2 *)(a.v16 + moment));
         m = make_float4(__uint_as_float(hm.x << 16), __uint_as_float(hm.x & 0xffff0000u),
                         __uint_as_float(hm.y << 16), __uint_as_float(hm.y & 0xffff0000u));
         v = make_float4(__uint_as_float(hv.x << 16), __uint_as_float(hv.x & 0xffff0000u),
                         __uint_as_float(hv.y << 16), __uint_as_float(hv.y & 0xffff0000u));
     } else {
-        m = __ldcs((const float4 *)(a.m + at));
-        v = __ldcs((const float4 *)(a.v + at));
+        m = __ldcs((const float4 *)(a.m + moment));
+        v = __ldcs((const float4 *)(a.v + moment));
     }
     adam(p.x, g.x, m.x, v.x, a, c.grad_scale, c.step_size, c.root_c2, decay);
     adam(p.y, g.y, m.y, v.y, a, c.grad_scale, c.step_size, c.root_c2, decay);
@@ -275,11 +318,11 @@ static __global__ void __launch_bounds__(THREADS) adamw_k(const __grid_constant_
                       round_random(m.w, r3)};
         bf16 hv[4] = {round_random(v.x, r0 >> 16), round_random(v.y, r1 >> 16), round_random(v.z, r2 >> 16),
                       round_random(v.w, r3 >> 16)};
-        __stcs((uint2 *)(a.m16 + at), *(uint2 *)hm);
-        __stcs((uint2 *)(a.v16 + at), *(uint2 *)hv);
+        __stcs((uint2 *)(a.m16 + moment), *(uint2 *)hm);
+        __stcs((uint2 *)(a.v16 + moment), *(uint2 *)hv);
     } else {
-        __stcs((float4 *)(a.m + at), m);
-        __stcs((float4 *)(a.v + at), v);
+        __stcs((float4 *)(a.m + moment), m);
+        __stcs((float4 *)(a.v + moment), v);
     }
     __nv_bfloat162 h[2] = {__floats2bfloat162_rn(p.x, p.y), __floats2bfloat162_rn(p.z, p.w)};
     *(uint2 *)(a.p16 + at) = *(uint2 *)h;
@@ -289,13 +332,18 @@ lsa_status step_update(lsa_gpu_step *s, lsa_err *err) {
     const lsa_gpu_opts *o = &s->o;
     const adamw_args a = {s->layer_param, s->at_gn, s->at_gn + s->g.rank,
                           o->beta1,       o->beta2, o->eps,
-                          o->decay_norm,  s->grad,  s->p,
-                          s->m,           s->v,     s->m16,
-                          s->v16,         s->p16,   s->control};
-    const dim3 grid((unsigned)((s->layer_param / 4 + THREADS - 1) / THREADS), (unsigned)s->g.n_layer);
-    if (o->bf16_moments)
-        adamw_k<true><<<grid, THREADS, 0, s->cs->stream>>>(a);
+                          o->decay_norm,  s->grad,  s->g16,
+                          s->p,           s->m,     s->v,
+                          s->m16,         s->v16,   s->p16,
+                          s->control,     s->shard};
+    const dim3 grid((unsigned)((s->shard.own / 4 + THREADS - 1) / THREADS), (unsigned)s->g.n_layer);
+    if (o->bf16_moments && s->g16)
+        adamw_k<true, true><<<grid, THREADS, 0, s->cs->stream>>>(a);
+    else if (o->bf16_moments)
+        adamw_k<true, false><<<grid, THREADS, 0, s->cs->stream>>>(a);
+    else if (s->g16)
+        adamw_k<false, true><<<grid, THREADS, 0, s->cs->stream>>>(a);
     else
-        adamw_k<false><<<grid, THREADS, 0, s->cs->stream>>>(a);
+        adamw_k<false, false><<<grid, THREADS, 0, s->cs->stream>>>(a);
     LSA_LAUNCHED("adamw");
 }

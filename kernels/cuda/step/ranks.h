@@ -1,0 +1,26 @@
+/* Several GPUs in one step. Internal to kernels/cuda/step; s->ranks is NULL with one GPU and every call then
+ * does nothing. */
+#ifndef LSA_KERNELS_CUDA_STEP_RANKS_H
+#define LSA_KERNELS_CUDA_STEP_RANKS_H
+
+#include "kernels/cuda/step/step_state.h"
+
+enum step_grad_part { STEP_WQ_B, STEP_OTHERS };
+
+/* Collective. */
+lsa_status step_ranks_open(lsa_gpu_step *s, lsa_err *err);
+void step_ranks_close(lsa_gpu_step *s);
+/* Enqueued, part of the graph. Adds n doubles of all ranks, in place. */
+lsa_status step_ranks_add(lsa_gpu_step *s, double *x, int64_t n, lsa_err *err);
+/* Adds the gradients of a part, which the stream has formed by now; beside what is enqueued next. */
+lsa_status step_ranks_reduce(lsa_gpu_step *s, step_grad_part part, lsa_err *err);
+lsa_status step_ranks_join(lsa_gpu_step *s, lsa_err *err); /* until all parts are added */
+/* Sharded: the bf16 weights of every rank's slices. */
+lsa_status step_ranks_share(lsa_gpu_step *s, lsa_err *err);
+/* x [n_param] f32, of which a rank has formed its slices: all of it. Not captured. */
+lsa_status step_ranks_gather(lsa_gpu_step *s, float *x, lsa_err *err);
+/* Waits for the event, or for all of the stream (NULL), unless a rank or the exchange fails; the exchange is
+ * then aborted. */
+lsa_status step_ranks_await(lsa_gpu_step *s, cudaEvent_t e, const char *what, lsa_err *err);
+
+#endif

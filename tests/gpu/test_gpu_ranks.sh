@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Training on several GPUs over NCCL. With one GPU: a communicator of one rank walks the same code and must train as the plain step does,
+# with whole and sharded moments, gradients in f32 and bf16. With two or more: two ranks against one, a rank killed, a resume on the other
+# number of ranks. Skipped (77) without a GPU or without MPI.
+set -euo pipefail
+. "$(dirname "$0")/../testkit/gpu.sh"
+"$bin/lsa-train" --version | grep -q 'MPI *OFF' && skip "built without MPI, which brings the ranks together"
+command -v mpirun >/dev/null || skip "no mpirun"
+work=$(mktemp -d /tmp/lsa-gpu-ranks-XXXXXX)
+trap 'rm -rf "$work"' EXIT
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_NVLS_ENABLE=0
+gpus=$(nvidia-smi -L | wc -l)
+
+"$bin/lsa-dump" synth --out "$work/shards" --docs 40 --tokens 4096 --layers 3 --hidden 256 --seed 5 >/dev/null 2>&1
+train() { # ranks name steps options...: ranks 0 is the plain step, without NCCL
+    local n=$1 name=$2 steps=$3 how=()
+    shift 3
+    [ "$n" = 0 ] || how=(mpirun -n "$n")
+    "${how[@]}" "$bin/lsa-train" run --data "$work/shards" --out "$work/$name" --device cuda --ranks "$([ "$n" = 0 ] && echo self || echo mpi)" \
+        --set model.heads=32 --set model.rank=256 --set train.steps="$steps" --set train.batch=64 --set sample.val_documents=8 \
+        --set train.log_every=1 --set train.eval_every="$steps" --set optim.warmup=10 "$@" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+}
+like() { # name other relative: the losses of all steps, and the last evaluation
+    "$python" - "$work/$1/metrics.jsonl" "$work/$2/metrics.jsonl" "$3" <<'PY'
+import json, sys
+read = lambda p: [json.loads(l) for l in open(p)]
+a, b, tol = read(sys.argv[1]), read(sys.argv[2]), float(sys.argv[3])
+pairs = [(x["loss"], y["loss"]) for x, y in zip(a, b) if "loss" in x] + [(x["eval"]["sum"]["captured"], y["eval"]["sum"]["captured"]) for x, y in zip(a, b) if "eval" in x]
+worst = max(abs(x - y) / abs(y) for x, y in pairs)
+print(f"{sys.argv[1].split('/')[-2]} against {sys.argv[2].split('/')[-2]}: {len(pairs)} values, largest relative difference {worst:.2e}, allowed {tol:g}")
+sys.exit(not (len(a) == len(b) and len(pairs) > 10 and worst <= tol))
+PY
+}
+same() { cmp "$work/$1/ckpt/step_$2/optim.safetensors" "$work/$3/ckpt/step_$2/optim.safetensors" && echo "$1 and $3: bit-equal"; }
+
+train 0 plain 20
+train 1 one 20
+like one plain 1e-5
+train 1 one-zero1 20 --set optim.zero1=true
+same one 00000020 one-zero1
+train 0 plain-long 200
+train 1 one-bf16 200 --set optim.exchange=bf16 --set optim.zero1=true
+like one-bf16 plain-long 2e-3
+train 1 one-micro 20 --set train.micro_batch=16
+like one-micro plain 1e-5
+for how in "--ranks self" "--ranks mpi" "--ranks mpi --set optim.zero1=true" "--ranks mpi --set optim.exchange=bf16 --set optim.zero1=true"; do
+    mpirun -n 1 "$bin/lsa-train" bench --case train --set train.batch=256 $how | grep '"bench": "train"'
+done
+
+if [ "$gpus" -lt 2 ]; then
+    echo "one GPU: two ranks were not run"
+    exit 0
+fi
+train 2 two 20
+like two plain 1e-5
+train 2 two-zero1 20 --set optim.zero1=true
+like two-zero1 plain 1e-5
+train 2 two-bf16 200 --set optim.exchange=bf16 --set optim.zero1=true
+like two-bf16 plain-long 2e-3
+train 2 two-sampled 20 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
+train 0 plain-sampled 20 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
+like two-sampled plain-sampled 1e-5
+
+# Resume on another number of ranks, both ways, moments sharded.
+train 2 stopped 10 --set optim.zero1=true
+sed -i 's/"train.steps": 10,/"train.steps": 20,/; s/"train.eval_every": 10,/"train.eval_every": 20,/' "$work/stopped/run.json"
+grep -q '"train.steps": 20' "$work/stopped/run.json"
+"$bin/lsa-train" resume "$work/stopped" --device cuda --ranks self >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+
+# A rank killed: the other names it within 30 s and leaves, and the run resumes.
+mpirun -n 2 "$bin/lsa-train" run --data "$work/shards" --out "$work/killed" --device cuda --ranks mpi --set train.steps=100000 --set train.save_every=200 \
+    --set train.eval_every=0 --set train.batch=64 --set sample.val_documents=8 >"$work/log" 2>&1 &
+job=$!
+for _ in $(seq 600); do [ -e "$work/killed/ckpt/latest" ] && break; sleep 0.1; done
+t0=$(date +%s)
+pid=$(for p in $(pgrep -f "lsa-train run .*$work/killed"); do
+    if tr '\0' '\n' <"/proc/$p/environ" 2>/dev/null | grep -qx OMPI_COMM_WORLD_RANK=1; then echo "$p"; fi
+done | tail -n 1)
+kill -KILL "$pid"
+rc=0
+wait $job || rc=$?
+took=$(($(date +%s) - t0))
+[ $rc != 0 ] && [ $took -le 30 ] || { echo "exit $rc after $took s"; cat "$work/log"; exit 1; }
+grep -q 'rank 1' "$work/log" || { cat "$work/log"; exit 1; }
+echo "a killed rank was named and the run ended after $took s: $(grep -m1 'rank 1' "$work/log")"
+[ -e "$work/killed/ckpt/latest" ]
