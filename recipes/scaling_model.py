@@ -3,10 +3,10 @@
 
     recipes/scaling_model.py [--plot recipes/scaling_model.svg] [--table] [options]
 
-prints one JSON line for each point (or --table: the table of SCALING.md). Needs numpy alone. A step is simulated event by event for every
-GPU: its stages, slowed by its own seeded noise; the gradient of each bucket, ready when that share of the weight gradients is done; one collective at
-a time, each from when the last GPU has its bucket; norm and AdamW from when a GPU has all sums; with ZeRO-1 each GPU updates its part, and the
-parameters come back bucket by bucket. GPUs begin their next step as soon as they can, without a barrier."""
+prints one JSON line for each point (or --table: the table of SCALING.md). Needs numpy alone. A step is simulated event by event for every GPU, as
+kernels/cuda/step/ranks.cu orders it: its stages, slowed by its own seeded noise; the gradients of wq_b, exchanged from when the last GPU has formed
+them, beside the rest of the backward pass; those of the other tensors after both; a slice of the norm on each GPU, which all wait for; AdamW, with
+ZeRO-1 of slices, whose bf16 weights are then gathered. GPUs begin their next step as soon as they can, without a barrier."""
 import argparse
 import json
 import math
@@ -18,6 +18,7 @@ import numpy as np
 STAGES = {"samples": (0.115, 0.416), "hidden": (0.011, 0.042), "forward": (0.341, 1.061), "scores": (0.772, 2.990),
           "weights": (0.804, 1.946), "norm": (0.450, 0.450), "adamw": (3.55, 3.55)}
 LAYERS, HEADS, RANK, HIDDEN, CANDIDATES = 8, 128, 2048, 4096, 2048
+WQ_B = LAYERS * 128 * HEADS * RANK
 PARAMETERS = LAYERS * (RANK * HIDDEN + 128 * HEADS * RANK + RANK + HEADS * HIDDEN)
 MEASURED_STEPS = [("sampled", 64, 5.247), ("sampled", 256, 6.009), ("sampled", 1024, 10.340), ("full", 256, 17.60)]  # windows, ms
 
@@ -42,9 +43,10 @@ class Machine:
 class Job:
     windows: int = 256  # a GPU and step
     candidates: int = CANDIDATES
-    buckets: int = LAYERS
     zero1: bool = False
-    algorithm: str = "best"  # ring, tree, or the faster
+    wire: int = 4  # bytes of a gradient's element: optim.exchange f32 or bf16
+    overlap: bool = True  # False: exchanges begin when the backward pass is done
+    algorithm: str = "best"  # of sums on every GPU: ring, tree, or the faster; NCCL has no tree for slices
 
 
 def stage_ms(job):
@@ -82,12 +84,18 @@ def tree_ms(n_bytes, gpus, m):
     return 2 * (1e-3 * hops + 1e-6 * n_bytes / rate)
 
 
-def reduce_ms(job, gpus, m):
-    n = 4 * PARAMETERS / job.buckets
+def sum_ms(n, job, gpus, m):
     if job.zero1:
-        return ring_ms(n, gpus, m, 1)  # NCCL has no tree for reduce-scatter
-    both = {"ring": ring_ms(n, gpus, m, 2), "tree": tree_ms(n, gpus, m)}
+        return ring_ms(job.wire * n, gpus, m, 1)
+    both = {"ring": ring_ms(job.wire * n, gpus, m, 2), "tree": tree_ms(job.wire * n, gpus, m)}
     return min(both.values()) if job.algorithm == "best" else both[job.algorithm]
+
+
+def wq_b_formed_ms(job):
+    """When the gradients of wq_b are formed, in the stage of the weight gradients: their share of what it writes and computes."""
+    s = (STAGES["weights"][1] - STAGES["weights"][0]) / (1024 - 256)
+    start = STAGES["weights"][0] - 256 * s
+    return start * WQ_B / PARAMETERS + job.windows * s * 2 * WQ_B / (2 * PARAMETERS + 2 * WQ_B)
 
 
 def slowdowns(gpus, steps, m, seed):
@@ -100,50 +108,48 @@ def simulate(job, gpus, m, steps=50, seed=1):
     """ms a step, and what the average GPU computes in it: the rest is communication that nothing hides and waiting for others."""
     s = stage_ms(job)
     before = s["samples"] + s["hidden"] + s["forward"] + s["scores"]
-    share = gpus if job.zero1 else 1
-    reduce = reduce_ms(job, gpus, m)
-    gather = ring_ms(4 * PARAMETERS / job.buckets, gpus, m, 1) if job.zero1 else 0.0
-    done = (np.arange(job.buckets) + 1) / job.buckets
+    first, second = sum_ms(WQ_B, job, gpus, m), sum_ms(PARAMETERS - WQ_B, job, gpus, m)
+    gather = ring_ms(2 * PARAMETERS, gpus, m, 1) if job.zero1 else 0.0
+    several = gpus > 1
+    norm = s["norm"] * job.wire / 4 / gpus if several else s["norm"]
+    adamw = s["adamw"] * (1 - (4 - job.wire) / 30) / (gpus if job.zero1 else 1) if several else s["adamw"]
+    formed = wq_b_formed_ms(job) if job.overlap else s["weights"]
     clock = np.zeros(gpus)
     own = np.zeros(gpus)
     for f in slowdowns(gpus, steps, m, seed):
-        ready = clock[:, None] + f[:, None] * (before + s["weights"] * done)
-        wire = 0.0
-        for b in range(job.buckets):
-            wire = max(wire, ready[:, b].max()) + reduce
-        begin = np.maximum(ready[:, -1], wire) if gpus > 1 else ready[:, -1]
-        update = begin[:, None] + f[:, None] * (s["norm"] + s["adamw"] * done) / share
-        clock = update[:, -1]
-        if job.zero1 and gpus > 1:
-            wire = 0.0
-            for b in range(job.buckets):
-                wire = max(wire, update[:, b].max()) + gather
-            clock = np.maximum(clock, wire)
-        own += f * (before + s["weights"] + (s["norm"] + s["adamw"]) / share)
-    step = clock.max() / steps
-    return {"step_ms": step, "own_ms": own.mean() / steps}
+        backward = clock + f * (before + s["weights"])
+        if several:
+            wire = (clock + f * (before + formed)).max() + first
+            summed = max(wire, backward.max()) + second
+            normed = (summed + f * norm).max()  # a few bytes: what they cost is left out
+        else:
+            normed = backward + f * norm
+        clock = normed + f * adamw
+        if several and job.zero1:
+            clock = np.full(gpus, clock.max() + gather)
+        own += f * (before + s["weights"] + norm + adamw)
+    return {"step_ms": clock.max() / steps, "own_ms": own.mean() / steps}
 
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 CASES = {  # the windows of a GPU: fixed (weak), or a share of a fixed step (strong)
-    "weak, 256 windows a GPU": lambda w: Job(windows=256, zero1=True),
-    "weak, 256 windows a GPU, all 32,768 candidates": lambda w: Job(windows=256, candidates=32768, zero1=True),
-    "strong, 4,096 windows a step": lambda w: Job(windows=max(1, 4096 // w), zero1=True),
-    "weak, all-reduce": lambda w: Job(windows=256),
+    "weak, 256 windows a GPU": lambda w: Job(windows=256, zero1=True, wire=2),
+    "weak, 256 windows a GPU, all 32,768 candidates": lambda w: Job(windows=256, candidates=32768, zero1=True, wire=2),
+    "strong, 4,096 windows a step": lambda w: Job(windows=4096 // w, zero1=True, wire=2),
+    "weak, 256 windows a GPU, all-reduce in f32": lambda w: Job(windows=256),
 }
 
 
 def points(m, seed):
-    """One point a case and size; with ZeRO-1 cases the number of buckets that is fastest there, of 1 to 8."""
     for name, make in CASES.items():
         alone = None
         for w in SIZES:
-            job = min((replace(make(w), buckets=b) for b in (1, 2, 4, 8)), key=lambda j: simulate(j, w, m, seed=seed)["step_ms"])
+            job = make(w)
             r = simulate(job, w, m, seed=seed)
             rate = 1e3 * job.windows * w / r["step_ms"]
             alone = alone or rate
-            yield {"case": name, "gpus": w, "windows_a_gpu": job.windows, "buckets": job.buckets, "step_ms": round(r["step_ms"], 4),
-                   "own_ms": round(r["own_ms"], 4), "windows_per_s": round(rate), "efficiency": round(rate / w / alone, 4)}
+            yield {"case": name, "gpus": w, "windows_a_gpu": job.windows, "step_ms": round(r["step_ms"], 4), "own_ms": round(r["own_ms"], 4),
+                   "windows_per_s": round(rate), "efficiency": round(rate / w / alone, 4)}
 
 
 def table(rows):
@@ -184,7 +190,8 @@ def svg(rows):
             out.append(f'<polyline points="{path}" fill="none" stroke="{color[c]}" stroke-width="2"{dash}/>')
         row, col = divmod(i, 2)
         line(left + 400 * col, height - 50 + 20 * row, left + 400 * col + 24, height - 50 + 20 * row, f'stroke="{color[c]}" stroke-width="2"{dash}')
-        text(left + 400 * col + 30, height - 46 + 20 * row, c + (" (else ZeRO-1)" if dash else ""))
+        text(left + 400 * col + 30, height - 46 + 20 * row, c + ("" if dash else " *"))
+    text(left, height - 8, "* optim.zero1, optim.exchange bf16", 'font-size="10"')
     for _, windows, ms in MEASURED_STEPS:
         out.append(f'<circle cx="{x(0, 1):.1f}" cy="{y(rate(1e3 * windows / ms)):.1f}" r="4" fill="none" stroke="black"/>')
     return "\n".join(out + ["</svg>"]) + "\n"

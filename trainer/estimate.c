@@ -143,10 +143,14 @@ static double ring(double n, double passes, const lsa_machine *m) {
            1e-6 * passes * (m->gpus - 1) / m->gpus * n / slowest;
 }
 
-/* n collectives of c ms one after the other, the first when 1/n of `work` ms is done, the next at every
- * further nth: what lies behind the end of the work. */
-static double behind(double n, double c, double work) {
-    return fmax(c, n * c - (n - 1) / n * work);
+/* Gradients of wq_b: their share of the parameters; and of the weight-gradient stage, ms, when they are
+ * formed: their product is 2 * 128 H r of the FLOPs of a window and layer. */
+static double wq_b(const shape *s) {
+    return s->layers * 128 * s->heads * s->rank;
+}
+static double wq_b_formed(const shape *s, const lsa_machine *m, double n) {
+    const double start = stage(LSA_PART_WEIGHTS, s, m, 0), all = stage(LSA_PART_WEIGHTS, s, m, n);
+    return start * wq_b(s) / parameters(s) + (all - start) * 2 * wq_b(s) / slope_work(LSA_PART_WEIGHTS, s);
 }
 
 static lsa_status joint_layers(int64_t *n, const lsa_recipe *r, const lsa_machine *m, lsa_err *err) {
@@ -184,6 +188,23 @@ static int64_t candidates(const lsa_recipe *r, const lsa_machine *m) {
     return (int64_t)fmin((double)r->max_pos + neg, m->chunks);
 }
 
+/* Norm and update of several GPUs, and what they send each other; n: windows of the last micro-batch. */
+static void exchange(lsa_estimate *e, const shape *s, const lsa_recipe *r, const lsa_machine *m, double n) {
+    const double w = m->gpus, passes = r->zero1 ? 1 : 2, size = r->exchange == LSA_EXCHANGE_BF16 ? 2 : 4,
+                 first = ring(size * wq_b(s), passes, m),
+                 second = ring(size * (parameters(s) - wq_b(s)), passes, m),
+                 beside = stage(LSA_PART_WEIGHTS, s, m, n) - wq_b_formed(s, m, n);
+    e->reduce_ms = first + second;
+    e->ms[LSA_PART_REDUCE] = fmax(first - beside, 0) + second;
+    e->ms[LSA_PART_GATHER] = r->zero1 ? ring(2 * parameters(s), 1, m) : 0;
+    e->sent_bytes = (w - 1) / w * parameters(s) * (passes * size + (r->zero1 ? 2 : 0));
+    e->ms[LSA_PART_NORM] *= size / 4 / w;
+    e->ms[LSA_PART_ADAMW] *= 1 - (4 - size) / ADAMW_BYTES;
+    if (r->zero1) e->ms[LSA_PART_ADAMW] /= w;
+    e->from[LSA_PART_NORM] = LSA_FROM_SCALED;
+    if (r->zero1 || size < 4) e->from[LSA_PART_ADAMW] = LSA_FROM_SCALED;
+}
+
 lsa_status lsa_estimate_make(lsa_estimate *out, const lsa_recipe *r, const lsa_machine *m, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_estimate e = {0};
@@ -193,7 +214,7 @@ lsa_status lsa_estimate_make(lsa_estimate *out, const lsa_recipe *r, const lsa_m
     e.windows_per_gpu = r->batch / (int64_t)m->gpus;
     const shape s = {(double)e.n_layer, (double)r->heads, (double)r->rank, m->hidden, (double)e.candidates};
     e.n_param = (int64_t)parameters(&s);
-    const double n = (double)e.windows_per_gpu, L = s.layers, w = m->gpus, grad = 4 * parameters(&s);
+    const double n = (double)e.windows_per_gpu;
     const double at_once = r->micro_batch ? fmin((double)r->micro_batch, n) : n, rounds = ceil(n / at_once);
     const bool measured = !memcmp(&s, &MEASURED, sizeof s) && m->copy == M_COPY && m->bf16 == M_BF16 &&
                           rounds == 1 && r->precision == LSA_PRECISION_BF16 && n >= 64 && n <= M_WINDOWS[1];
@@ -208,19 +229,7 @@ lsa_status lsa_estimate_make(lsa_estimate *out, const lsa_recipe *r, const lsa_m
         e.from[LSA_PART_ADAMW] = LSA_FROM_SCALED;
     }
     e.from[LSA_PART_REDUCE] = e.from[LSA_PART_GATHER] = LSA_FROM_ASSUMED;
-    if (w > 1) {
-        const double c = ring(grad / L, r->zero1 ? 1 : 2, m), g = r->zero1 ? ring(grad / L, 1, m) : 0;
-        if (r->zero1) {
-            e.ms[LSA_PART_NORM] /= w;
-            e.ms[LSA_PART_ADAMW] /= w;
-            e.from[LSA_PART_NORM] = e.from[LSA_PART_ADAMW] = LSA_FROM_SCALED;
-        }
-        e.reduce_ms = L * c;
-        e.gather_ms = L * g;
-        e.ms[LSA_PART_REDUCE] = behind(L, c, e.ms[LSA_PART_WEIGHTS] / rounds);
-        e.ms[LSA_PART_GATHER] = r->zero1 ? behind(L, g, e.ms[LSA_PART_ADAMW]) : 0;
-        e.sent_bytes = 2 * (w - 1) / w * grad;
-    }
+    if (m->gpus > 1) exchange(&e, &s, r, m, n / rounds);
     for (int p = 0; p < LSA_PARTS; p++) e.step_ms += e.ms[p];
     e.comm_share = (e.ms[LSA_PART_REDUCE] + e.ms[LSA_PART_GATHER]) / e.step_ms;
     e.windows_per_s = 1e3 * (double)r->batch / e.step_ms;
@@ -241,7 +250,7 @@ static const char *const PART[LSA_PARTS] = {"samples",
                                             "gradient norm",
                                             "AdamW",
                                             "gradients between GPUs, not hidden",
-                                            "parameters between GPUs, not hidden"};
+                                            "weights between GPUs"};
 static const char *const KEY_OF[LSA_PARTS] = {"samples", "hidden", "forward", "scores", "weight_gradients",
                                               "norm",    "adamw",  "reduce",  "gather"};
 static const char *const FROM[] = {"measured", "scaled", "assumed"};
@@ -259,7 +268,7 @@ void lsa_estimate_print(const lsa_estimate *e, const lsa_recipe *r, const lsa_ma
         if (p != LSA_PART_GATHER || r->zero1) printf("%-38s%9.3f  %s\n", PART[p], e->ms[p], FROM[e->from[p]]);
     printf("%-38s%9.3f\n\n", "step", e->step_ms);
     printf("communication: %.1f %% of the step; each GPU sends %.3f GB a step, %.3f ms if nothing hid it\n",
-           100 * e->comm_share, 1e-9 * e->sent_bytes, e->reduce_ms + e->gather_ms);
+           100 * e->comm_share, 1e-9 * e->sent_bytes, e->reduce_ms + e->ms[LSA_PART_GATHER]);
     printf("%.0f windows/s; %lld steps: %.3g h (%.0f s)", e->windows_per_s, (long long)r->steps, e->run_hours,
            3600 * e->run_hours);
     if (m->windows > 0)
@@ -273,9 +282,9 @@ void lsa_estimate_print(const lsa_estimate *e, const lsa_recipe *r, const lsa_ma
         m->copy, m->bf16);
     if (several)
         printf(
-            "assumed:  rings at %.0f GB/s in a node and %.0f out of it, NCCL's latencies, a bucket a layer, hidden behind "
-            "weight gradients%s at no cost\nNote: this build refuses more than one GPU; these lines are a plan.\n",
-            m->nvlink, m->net, r->zero1 ? " and AdamW" : "");
+            "assumed:  rings at %.0f GB/s in a node and %.0f out of it, NCCL's latencies; an exchange does not slow what runs "
+            "beside it\nNote: nothing was measured on several GPUs: these lines are a plan.\n",
+            m->nvlink, m->net);
     if (e->step_ms < 1) puts("Note: launches are not counted; steps below 1 ms will take longer than this.");
     puts("Left out: reading documents, evaluations, checkpoints.");
 }
@@ -291,11 +300,11 @@ lsa_status lsa_estimate_print_json(const lsa_estimate *e, const lsa_machine *m, 
         json_object_set_new(machine, KEYS[i].name, json_real(*field(&copy, &KEYS[i])));
     }
     json_t *const o = json_pack(
-        "{s:o, s:o, s:o, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "machine", machine, "ms",
-        ms, "from", from, "parameters", (json_int_t)e->n_param, "candidates", (json_int_t)e->candidates,
+        "{s:o, s:o, s:o, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "machine", machine, "ms", ms,
+        "from", from, "parameters", (json_int_t)e->n_param, "candidates", (json_int_t)e->candidates,
         "windows_per_gpu", (json_int_t)e->windows_per_gpu, "step_ms", e->step_ms, "communication_share",
-        e->comm_share, "windows_per_s", e->windows_per_s, "reduce_ms", e->reduce_ms, "gather_ms",
-        e->gather_ms, "sent_bytes", e->sent_bytes, "run_hours", e->run_hours, "pass_hours", e->pass_hours);
+        e->comm_share, "windows_per_s", e->windows_per_s, "reduce_ms", e->reduce_ms, "sent_bytes",
+        e->sent_bytes, "run_hours", e->run_hours, "pass_hours", e->pass_hours);
     char *const text = json_dumps(o, JSON_REAL_PRECISION(9));
     json_decref(o);
     if (!text) LSA_RET_FAIL(LSA_E_NOMEM, "cannot format the estimate");

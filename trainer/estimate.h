@@ -6,12 +6,13 @@
  * with the FLOPs or elements of a window (floors of PERF.md). Another card: both scaled by the two ceilings
  * that `lsa-train bench` prints.
  *
- * Communication: nothing is measured (training on several GPUs is not in this build). One f32 gradient a GPU,
- * a bucket a layer in backward order, NCCL's ring: a pass over n bytes among W GPUs moves (W-1)/W n bytes
- * through each, at the slower of `nvlink` and, with several nodes, `net`; latencies are those of NCCL's own
- * tuning table (src/graph/tuning.cc at 01afd20, ring, Simple). An all-reduce is two passes; with optim.zero1
- * one pass scatters the sums and one gathers the new parameters. Buckets are hidden behind the weight
- * gradients, gathers behind AdamW, at no cost to either.
+ * Communication: nothing is measured. What the step does (kernels/cuda/step/ranks.cu): gradients of wq_b as
+ * soon as they are formed, beside the rest of the backward pass; those of the other tensors after it; then
+ * the norm, every GPU a slice, and the update; with optim.zero1 of slices, whose bf16 weights are then
+ * gathered. By NCCL's rings: a pass over n bytes among W GPUs moves (W-1)/W n bytes through each, at the
+ * slower of `nvlink` and, with several nodes, `net`; latencies are those of NCCL's own tuning table
+ * (src/graph/tuning.cc at 01afd20, ring, Simple). A sum on every GPU is two passes, a sum in slices or a
+ * gathering one. What runs beside an exchange is not slowed by it.
  *
  * Reading documents, evaluations and checkpoints are left out. Pure, thread-safe. */
 #ifndef LSA_TRAINER_ESTIMATE_H
@@ -42,8 +43,8 @@ typedef enum lsa_part {
     LSA_PART_WEIGHTS,
     LSA_PART_NORM,
     LSA_PART_ADAMW,
-    LSA_PART_REDUCE, /* this and the next: what is not hidden */
-    LSA_PART_GATHER,
+    LSA_PART_REDUCE, /* of the gradients: what no work hides */
+    LSA_PART_GATHER, /* of the weights (optim.zero1) */
     LSA_PARTS
 } lsa_part;
 
@@ -51,8 +52,8 @@ typedef struct lsa_estimate {
     int64_t n_layer, n_param, candidates, windows_per_gpu;
     double ms[LSA_PARTS];
     lsa_origin from[LSA_PARTS];
-    double reduce_ms, gather_ms; /* with nothing to hide behind */
-    double sent_bytes;           /* by each GPU in a step */
+    double reduce_ms;  /* with nothing to hide behind */
+    double sent_bytes; /* by each GPU in a step */
     double step_ms, comm_share, windows_per_s;
     double run_hours, pass_hours; /* train.steps; one pass over m->windows (0 unknown) */
 } lsa_estimate;
