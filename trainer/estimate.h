@@ -14,7 +14,8 @@
  * (src/graph/tuning.cc at 01afd20, ring, Simple). A sum on every GPU is two passes, a sum in slices or a
  * gathering one. What runs beside an exchange is not slowed by it.
  *
- * Reading documents, evaluations and checkpoints are left out. Pure, thread-safe. */
+ * Reading documents, evaluations, checkpoints and exchanges of a few bytes are left out. Pure, thread-safe.
+ */
 #ifndef LSA_TRAINER_ESTIMATE_H
 #define LSA_TRAINER_ESTIMATE_H
 
