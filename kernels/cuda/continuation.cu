@@ -45,7 +45,7 @@ static __global__ void dcost_k(const lsa_continuation_bwd_args a) {
 }
 
 /* Rows go in the grid's second dimension, 65,535 at a time. */
-enum { ROWS = 65535 };
+static const int64_t ROWS = 65535;
 
 lsa_status lsa_cuda_continuation_fwd(lsa_ctx *c, const lsa_continuation_fwd_args *a, lsa_err *err) {
     if (a->m == 0 || a->n == 0) return LSA_OK;
