@@ -13,6 +13,10 @@
 #include "kernels/core/lsa_ids.h"
 #include "kernels/core/lsa_status.h"
 
+/* What costs start at in training. With 0 every chunk would start as the best of its last 17 and the layers
+ * learn nothing finer than that; LSA_COST_START TODO */
+#define LSA_COST_START 1.0f
+
 /* out[n] from z[n]; out may be z itself, but not overlap it otherwise. cost[reach]: b_1 .. b_reach; reach 0
  * copies. from [n], NULL allowed: the j that won (ties: the smallest). A NaN stays
  * where it is and is not lent. */
