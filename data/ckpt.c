@@ -20,7 +20,6 @@
 #include "kernels/core/hash.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-#include "kernels/model/continuation.h"
 
 #define FORMAT   "lsa-ckpt/1"
 #define MAX_STEP 99999999
@@ -408,7 +407,7 @@ static lsa_status load_model(lsa_ckpt *c, lsa_err *err) {
         LSA_FAIL(LSA_E_FORMAT, "'%s' holds %lld tensors, its geometry asks for %lld", path,
                  (long long)lsa_st_count(s), (long long)n);
     LSA_TRY(load_set(&c->params, s, &c->geom, "", err));
-    LSA_TRY(lsa_continuation_check(c->params + lsa_indexer_costs_at(&c->geom), c->geom.reach, path, err));
+    LSA_TRY(lsa_indexer_costs_check(c->params + lsa_indexer_costs_at(&c->geom), c->geom.reach, path, err));
 done:
     json_decref(geom);
     lsa_st_close(s);

@@ -11,7 +11,6 @@
 #include "data/weights.h"
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
-#include "kernels/model/continuation.h"
 
 #define FORMAT "lsa-indexer/1"
 
@@ -187,7 +186,7 @@ lsa_status lsa_indexer_params_new(lsa_indexer_file *f, const lsa_tensor_file *s,
         const json_t *v = json_array_get(b, (size_t)j);
         cost[j] = json_is_number(v) ? (float)json_number_value(v) : NAN;
     }
-    LSA_TRY(lsa_continuation_check(cost, f->geom.reach, path, err));
+    LSA_TRY(lsa_indexer_costs_check(cost, f->geom.reach, path, err));
 done:
     json_decref(o);
     return st;

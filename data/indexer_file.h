@@ -5,7 +5,7 @@
  * scales (data/weights.h) and string metadata: format=pt, lsa.format=lsa-indexer/1, lsa.dtype, lsa.geometry
  * (JSON), lsa.select (JSON: ensemble sum|mean|max, tau, tail, threshold), lsa.train (JSON: step, recipe hash,
  * data hash, teacher name+hash, max trained position), lsa.calibration (JSON) once calibrated, and
- * lsa.continuation (JSON: the costs b) if the sum has a continuation (kernels/model/continuation.h).
+ * lsa.continuation (JSON: the costs b) if the sum has a continuation (kernels/continuation.h).
  */
 #ifndef LSA_DATA_INDEXER_FILE_H
 #define LSA_DATA_INDEXER_FILE_H

@@ -10,7 +10,7 @@
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
 #include "kernels/cpu/topk.h"
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
 #include "kernels/ops.h"
 
 enum { M = LSA_GOLD_M, N = LSA_GOLD_KEYS };

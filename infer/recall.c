@@ -12,7 +12,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/cpu/topk.h"
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
 #include "kernels/ops.h"
 
 struct lsa_recall {

@@ -7,7 +7,7 @@
 
 #include "kernels/core/mem.h"
 #include "kernels/core/rng.h"
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
 #include "trainer/measure.h"
 #include "trainer/threshold.h"
 

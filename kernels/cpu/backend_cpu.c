@@ -11,7 +11,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/score.h"
 #include "kernels/host_memory.h"
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
 #include "kernels/ref/rows.h"
 
 enum { ROWS_PER_BLOCK = 32, BLOCK = 65536 };

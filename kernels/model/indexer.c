@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include "kernels/core/rng.h"
-#include "kernels/model/continuation.h"
 #include "kernels/ops.h"
 
 static lsa_status in_range(const char *name, int64_t v, int64_t lo, int64_t hi, lsa_err *err) {
@@ -76,6 +75,18 @@ lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i) {
 
 void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g) {
     for (int32_t j = 0; j < g->reach; j++) params[lsa_indexer_costs_at(g) + j] = LSA_COST_START;
+}
+
+lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char *where, lsa_err *err) {
+    if (reach < 0 || reach > LSA_MAX_REACH)
+        LSA_RET_FAIL(LSA_E_FORMAT, "%s: the continuation must reach 0 to %d chunks, found %lld", where,
+                     LSA_MAX_REACH, (long long)reach);
+    for (int64_t j = 0; j < reach; j++)
+        if (!(cost[j] >= 0) || !isfinite(cost[j]))
+            LSA_RET_FAIL(LSA_E_FORMAT,
+                         "%s: continuation: b_%lld is %g; expected a finite number of at least 0", where,
+                         (long long)j + 1, (double)cost[j]);
+    return LSA_OK;
 }
 
 /* Uniform in +-1/sqrt(fan_in): element i of tensor (layer ordinal, part) of a seed. */

@@ -58,8 +58,14 @@ int64_t lsa_indexer_costs_at(const lsa_indexer_geom *g);
 int64_t lsa_indexer_n_tensor(const lsa_indexer_geom *g);
 lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i);
 
-/* What costs start at: params[costs] of an initialisation without them. See LSA_COST_START. */
+/* What costs start at, and how many times the learning rate they learn with: a cost is a number of the size
+ * of logits, which would creep at the rate of weights. TODO */
+#define LSA_COST_START 1.0f
 void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g);
+/* LSA_E_FORMAT unless reach is in [0, LSA_MAX_REACH] and every cost finite and >= 0; `where` begins the
+ * message. */
+LSA_NODISCARD lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char *where,
+                                                 lsa_err *err);
 
 /* params (host, [n_param]): matrices uniform in +-1/sqrt(fan_in) from Philox(seed, tensor), q_norm 1, costs
  * at their start. */

@@ -12,7 +12,7 @@
 #include "kernels/core/dtype.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
 #include "kernels/model/sigmoid.h"
 
 enum { PAGE_BITS = 25 }; /* chunks have 31 bits */

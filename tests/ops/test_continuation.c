@@ -13,7 +13,8 @@
 #include <cmocka.h>
 
 #include "kernels/core/lsa_ids.h"
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
+#include "kernels/model/indexer.h"
 #include "kernels/ops.h"
 #include "tests/testkit/gen.h"
 #include "tests/testkit/tol.h"
@@ -305,13 +306,13 @@ static void test_refuses(void **s) {
     assert_int_equal(lsa_continuation_bwd(c, &b, NULL), LSA_E_ARG);
     b = back, b.dcost = NULL;
     assert_int_equal(lsa_continuation_bwd(c, &b, NULL), LSA_E_ARG);
-    assert_int_equal(lsa_continuation_check(x, 4, "x", &err), LSA_OK);
+    assert_int_equal(lsa_indexer_costs_check(x, 4, "x", &err), LSA_OK);
     x[2] = -1;
-    assert_int_equal(lsa_continuation_check(x, 4, "x", &err), LSA_E_FORMAT);
+    assert_int_equal(lsa_indexer_costs_check(x, 4, "x", &err), LSA_E_FORMAT);
     assert_string_equal(err.msg, "x: continuation: b_3 is -1; expected a finite number of at least 0");
     x[2] = NAN;
-    assert_int_equal(lsa_continuation_check(x, 4, "x", NULL), LSA_E_FORMAT);
-    assert_int_equal(lsa_continuation_check(x, LSA_MAX_REACH + 1, "x", NULL), LSA_E_FORMAT);
+    assert_int_equal(lsa_indexer_costs_check(x, 4, "x", NULL), LSA_E_FORMAT);
+    assert_int_equal(lsa_indexer_costs_check(x, LSA_MAX_REACH + 1, "x", NULL), LSA_E_FORMAT);
 }
 
 int main(void) {

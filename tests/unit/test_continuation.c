@@ -13,7 +13,6 @@
 
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
-#include "kernels/model/continuation.h"
 #include "tests/testkit/hand_shards.h"
 #include "trainer/step.h"
 
@@ -228,7 +227,7 @@ static void test_projection(void **state) {
         ok(lsa_trainer_costs(x.t, before, &err), &err);
         step(&x, false, i);
         ok(lsa_trainer_costs(x.t, b, &err), &err);
-        ok(lsa_continuation_check(b, REACH, "costs", &err), &err);
+        ok(lsa_indexer_costs_check(b, REACH, "costs", &err), &err);
         for (int j = 0; j < REACH; j++) {
             zeros += b[j] == 0 && x.grad[x.costs + j] > 0;
             grown += b[j] > before[j];

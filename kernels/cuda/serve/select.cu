@@ -65,7 +65,8 @@ static __device__ __forceinline__ float combined(const select_args &a, int64_t i
     return r.score == LSA_SCORE_MEAN ? __fdiv_rn(s, (float)r.n_layer) : s;
 }
 
-/* With a continuation neighbours are combined again by every chunk they may lend to: reads of the same lines. */
+/* With a continuation neighbours are combined again by every chunk they may lend to: reads of the same lines.
+ */
 static __device__ __forceinline__ float score_of(const select_args &a, int64_t i, int64_t c) {
     float best = combined(a, i, c);
     for (int j = 1; j <= a.rule.reach && j <= c; j++) {

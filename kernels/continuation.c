@@ -1,9 +1,8 @@
 /* Continuation: see continuation.h. Blocks run from the last to the first, so that in place a block still
  * finds the scores before it as they were. NUMERIC: one f32 subtraction and comparisons, nothing that a
  * compiler could fuse. */
-#include "kernels/model/continuation.h"
+#include "kernels/continuation.h"
 
-#include <math.h>
 #include <string.h>
 
 #include "kernels/core/num.h"
@@ -37,16 +36,4 @@ void lsa_continue(float *out, uint8_t *from, const float *z, int64_t n, const fl
         for (int64_t c = first; from && c < end; c++) from[c] = (uint8_t)won[c - first];
         end = first;
     }
-}
-
-lsa_status lsa_continuation_check(const float *cost, int64_t reach, const char *where, lsa_err *err) {
-    if (reach < 0 || reach > LSA_MAX_REACH)
-        LSA_RET_FAIL(LSA_E_FORMAT, "%s: the continuation must reach 0 to %d chunks, found %lld", where,
-                     LSA_MAX_REACH, (long long)reach);
-    for (int64_t j = 0; j < reach; j++)
-        if (!(cost[j] >= 0) || !isfinite(cost[j]))
-            LSA_RET_FAIL(LSA_E_FORMAT,
-                         "%s: continuation: b_%lld is %g; expected a finite number of at least 0", where,
-                         (long long)j + 1, (double)cost[j]);
-    return LSA_OK;
 }
