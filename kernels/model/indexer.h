@@ -58,8 +58,9 @@ int64_t lsa_indexer_costs_at(const lsa_indexer_geom *g);
 int64_t lsa_indexer_n_tensor(const lsa_indexer_geom *g);
 lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i);
 
-/* What costs start at, and how many times the learning rate they learn with: a cost is a number of the size
- * of logits, which would creep at the rate of weights. TODO */
+/* What costs start at: about the step between a score that matters and its neighbours', so that lending
+ * neither hides what a layer has to learn (0: every chunk begins as the best of its last 17) nor waits until
+ * scores have grown past it. */
 #define LSA_COST_START 1.0f
 void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g);
 /* LSA_E_FORMAT unless reach is in [0, LSA_MAX_REACH] and every cost finite and >= 0; `where` begins the
