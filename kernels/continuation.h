@@ -13,8 +13,8 @@
 #include "kernels/core/lsa_ids.h"
 
 /* out[n] from z[n]; out may be z itself, but not overlap it otherwise. cost[reach]: b_1 .. b_reach; reach 0
- * copies. from [n], NULL allowed: the j that won (ties: the smallest). A NaN stays
- * where it is and is not lent. */
+ * copies. from [n], NULL allowed: the j that won (ties: the smallest). A NaN stays where it is and is not
+ * lent. */
 void lsa_continue(float *out, uint8_t *from, const float *z, int64_t n, const float *cost, int32_t reach);
 
 #endif

@@ -398,7 +398,8 @@ static lsa_status project_costs(lsa_trainer *t, int64_t begin, int64_t end, lsa_
     float b[LSA_MAX_REACH];
     const size_t bytes = (size_t)(end - begin) * sizeof *b;
     LSA_TRY(lsa_ctx_download(t->ctx, b, t->p + begin, bytes, err));
-    for (int64_t j = 0; j < end - begin; j++) b[j] = fmaxf(b[j], 0.0f);
+    for (int64_t j = 0; j < end - begin; j++)
+        if (b[j] < 0) b[j] = 0;
     LSA_TRY(lsa_ctx_upload(t->ctx, t->p + begin, b, bytes, err));
 done:
     return st;
