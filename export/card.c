@@ -96,7 +96,8 @@ static void continuation(page *p, const lsa_indexer_file *f, const json_t *eval)
             " and loses: of the held-out attention mass, 10 %% of the chunks hold %.4f with the continuation, %.4f without",
             with, without);
     say(p,
-        ". What it loses most is text that goes on from where it was read last: the weights were trained to find the beginnings.\n\n");
+        ". What it loses most is text that goes on from where it was read last: the weights were trained to find beginnings. "
+        "For a server that cannot apply it, train without one.\n\n");
 }
 
 static void evaluation(page *p, const json_t *eval) {
