@@ -376,6 +376,54 @@ static void test_select(void **state) {
     lsa_idx_close(y);
 }
 
+/* An export with a continuation: select ranks by it and knows no other score. */
+static void test_continued(void **state) {
+    (void)state;
+    enum { CHUNKS = 300, K = 40 };
+    const float cost[] = {0.5f, 0.25f, 1.5f, 0};
+    char dir[] = "/tmp/lsa-abi-XXXXXX", error[LSA_IDX_ERROR];
+    lsa_indexer_file f = g_file;
+    lsa_err err = {0};
+    static float z[LAYERS][CHUNKS];
+    float score[CHUNKS];
+    int32_t id[CHUNKS], n_id, n = 0;
+    const int64_t chunks = CHUNKS;
+    lsa_rng g = lsa_rng_make(8, 8);
+    const int64_t layers = lsa_indexer_n_param(&g_file.geom);
+    f.geom.reach = 4;
+    f.ensemble = LSA_ENSEMBLE_SUM;
+    f.params = LSA_GEN_NEW(float, layers + 4);
+    memcpy(f.params, g_file.params, (size_t)layers * sizeof *f.params);
+    memcpy(f.params + layers, cost, sizeof cost);
+    assert_non_null(mkdtemp(dir));
+    assert_int_equal(lsa_indexer_file_save(&f, dir, &err), LSA_OK);
+    lsa_idx *x = open_at(dir, LSA_IDX_F32);
+    for (int l = 0; l < LAYERS; l++) lsa_gen_fill(z[l], CHUNKS, 2, &g);
+    for (int c = CHUNKS - 1; c >= 0; c--) {
+        score[c] = -INFINITY;
+        for (int j = 0; j <= 4 && j <= c; j++) {
+            const float v = ((z[0][c - j] + z[1][c - j]) + z[2][c - j]) - (j ? cost[j - 1] : 0);
+            score[c] = fmaxf(score[c], v);
+        }
+    }
+    lsa_idx_rule r = {.mode = LSA_IDX_TOPK, .ensemble = LSA_IDX_EXPORTED, .k = K};
+    assert_int_equal(lsa_idx_select(x, 1, &r, &z[0][0], CHUNKS, &chunks, id, CHUNKS, &n_id, NULL, error), 0);
+    assert_int_equal(n_id, K);
+    for (int c = 0; c < CHUNKS; c++) {
+        int before = 0;
+        for (int o = 0; o < CHUNKS; o++) before += score[o] > score[c] || (score[o] == score[c] && o < c);
+        if (before < K) assert_int_equal(id[n++], c);
+    }
+    for (r.ensemble = LSA_IDX_MEAN; r.ensemble <= LSA_IDX_MAX; r.ensemble++) {
+        assert_int_equal(lsa_idx_select(x, 1, &r, &z[0][0], CHUNKS, &chunks, id, CHUNKS, &n_id, NULL, error),
+                         LSA_IDX_E_CONFIG);
+        assert_non_null(strstr(error, "continuation"));
+    }
+    lsa_idx_close(x);
+    lsa_free(f.params);
+    assert_int_equal(lsa_remove_tree(dir, &err), LSA_OK);
+}
+
 /* ---- what is refused ---- */
 
 static void test_open_refused(void **state) {
@@ -520,10 +568,11 @@ static int teardown(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),        cmocka_unit_test(test_prefix),
-        cmocka_unit_test(test_not_finite),    cmocka_unit_test(test_info),
-        cmocka_unit_test(test_rules),         cmocka_unit_test(test_bad_calibration),
-        cmocka_unit_test(test_select),        cmocka_unit_test(test_open_refused),
-        cmocka_unit_test(test_calls_refused), cmocka_unit_test(test_no_gpu)};
+        cmocka_unit_test(test_logits),       cmocka_unit_test(test_prefix),
+        cmocka_unit_test(test_not_finite),   cmocka_unit_test(test_info),
+        cmocka_unit_test(test_rules),        cmocka_unit_test(test_bad_calibration),
+        cmocka_unit_test(test_select),       cmocka_unit_test(test_continued),
+        cmocka_unit_test(test_open_refused), cmocka_unit_test(test_calls_refused),
+        cmocka_unit_test(test_no_gpu)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }
