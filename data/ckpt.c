@@ -197,32 +197,29 @@ done:
 /* ---- saving ---- */
 
 static lsa_status check_finite(const float *p, const lsa_indexer_geom *g, const char *what, lsa_err *err) {
-    for (int32_t l = 0; l < g->n_layer; l++)
-        for (int part = 0; part < LSA_INDEXER_PARTS; part++) {
-            lsa_indexer_tensor t = lsa_indexer_tensor_at(g, l, (lsa_indexer_part)part);
-            for (int64_t i = 0; i < t.n; i++)
-                if (!isfinite(p[t.offset + i]))
-                    LSA_RET_FAIL(LSA_E_NUMERIC,
-                                 "%s%s: element %lld is %g: a checkpoint holds finite numbers only", what,
-                                 t.name, (long long)i, (double)p[t.offset + i]);
-        }
+    for (int64_t k = 0; k < lsa_indexer_n_tensor(g); k++) {
+        const lsa_indexer_tensor t = lsa_indexer_tensor_no(g, k);
+        for (int64_t i = 0; i < t.n; i++)
+            if (!isfinite(p[t.offset + i]))
+                LSA_RET_FAIL(LSA_E_NUMERIC,
+                             "%s%s: element %lld is %g: a checkpoint holds finite numbers only", what, t.name,
+                             (long long)i, (double)p[t.offset + i]);
+    }
     return LSA_OK;
 }
 
 static void add_entries(lsa_st_entry *e, char (*name)[72], const lsa_indexer_geom *g, const float *p,
                         const char *prefix) {
-    int64_t n = 0;
-    for (int32_t l = 0; l < g->n_layer; l++)
-        for (int part = 0; part < LSA_INDEXER_PARTS; part++, n++) {
-            lsa_indexer_tensor t = lsa_indexer_tensor_at(g, l, (lsa_indexer_part)part);
-            snprintf(name[n], sizeof name[n], "%s%s", prefix, t.name);
-            e[n].name = name[n];
-            e[n].dtype = LSA_F32;
-            e[n].n_dim = t.n_dim;
-            e[n].shape[0] = t.shape[0];
-            e[n].shape[1] = t.shape[1];
-            e[n].data = p + t.offset;
-        }
+    for (int64_t n = 0; n < lsa_indexer_n_tensor(g); n++) {
+        const lsa_indexer_tensor t = lsa_indexer_tensor_no(g, n);
+        snprintf(name[n], sizeof name[n], "%s%s", prefix, t.name);
+        e[n].name = name[n];
+        e[n].dtype = LSA_F32;
+        e[n].n_dim = t.n_dim;
+        e[n].shape[0] = t.shape[0];
+        e[n].shape[1] = t.shape[1];
+        e[n].data = p + t.offset;
+    }
 }
 
 /* Reads a just-written safetensors file back and compares every byte of every tensor. */
@@ -245,7 +242,7 @@ static lsa_status save_tensors(const char *path, const lsa_indexer_geom *g, cons
                                const char *const *prefix, int n_set, const char *const *metadata,
                                lsa_err *err) {
     lsa_status st = LSA_OK;
-    int64_t per = (int64_t)g->n_layer * LSA_INDEXER_PARTS;
+    const int64_t per = lsa_indexer_n_tensor(g);
     lsa_st_entry *e = NULL;
     char(*name)[72] = NULL;
     LSA_TRY(LSA_NEW(e, per * n_set, err));
@@ -368,15 +365,14 @@ static lsa_status load_set(float **out, const lsa_st *s, const lsa_indexer_geom 
                            lsa_err *err) {
     lsa_status st = LSA_OK;
     LSA_TRY(LSA_NEW(*out, lsa_indexer_n_param(g), err));
-    for (int32_t l = 0; l < g->n_layer; l++)
-        for (int part = 0; part < LSA_INDEXER_PARTS; part++) {
-            lsa_indexer_tensor t = lsa_indexer_tensor_at(g, l, (lsa_indexer_part)part);
-            const lsa_st_tensor *e;
-            char name[72];
-            snprintf(name, sizeof name, "%s%s", prefix, t.name);
-            LSA_TRY(lsa_st_need(&e, s, name, LSA_F32, t.n_dim, t.shape, err));
-            memcpy(*out + t.offset, e->data, e->n_bytes);
-        }
+    for (int64_t i = 0; i < lsa_indexer_n_tensor(g); i++) {
+        const lsa_indexer_tensor t = lsa_indexer_tensor_no(g, i);
+        const lsa_st_tensor *e;
+        char name[72];
+        snprintf(name, sizeof name, "%s%s", prefix, t.name);
+        LSA_TRY(lsa_st_need(&e, s, name, LSA_F32, t.n_dim, t.shape, err));
+        memcpy(*out + t.offset, e->data, e->n_bytes);
+    }
     LSA_TRY(check_finite(*out, g, prefix, err));
 done:
     return st;
@@ -406,11 +402,12 @@ static lsa_status load_model(lsa_ckpt *c, lsa_err *err) {
     if (!text) LSA_FAIL(LSA_E_FORMAT, "'%s' has no metadata 'lsa.geometry': not a checkpoint of lsa", path);
     LSA_TRY(lsa_json_parse(&geom, text, strlen(text), path, err));
     LSA_TRY(lsa_geom_from_json(&c->geom, geom, path, err));
-    int64_t n = (int64_t)c->geom.n_layer * LSA_INDEXER_PARTS;
+    const int64_t n = lsa_indexer_n_tensor(&c->geom);
     if (lsa_st_count(s) != n)
         LSA_FAIL(LSA_E_FORMAT, "'%s' holds %lld tensors, its geometry asks for %lld", path,
                  (long long)lsa_st_count(s), (long long)n);
     LSA_TRY(load_set(&c->params, s, &c->geom, "", err));
+    LSA_TRY(lsa_indexer_costs_check(c->params + lsa_indexer_costs_at(&c->geom), c->geom.reach, path, err));
 done:
     json_decref(geom);
     lsa_st_close(s);
@@ -444,8 +441,7 @@ lsa_status lsa_ckpt_load(lsa_ckpt *out, const char *arg, bool with_optim, lsa_er
                      "checkpoint '%s' has no optimizer state: it cannot be resumed, only used with --init",
                      out->dir);
         LSA_TRY(check_file(files, out->dir, "optim.safetensors", err));
-        LSA_TRY(open_tensors(&s, out->dir, "optim.safetensors",
-                             (int64_t)out->geom.n_layer * LSA_INDEXER_PARTS * 2, err));
+        LSA_TRY(open_tensors(&s, out->dir, "optim.safetensors", lsa_indexer_n_tensor(&out->geom) * 2, err));
         LSA_TRY(load_set(&out->m, s, &out->geom, "m.", err));
         LSA_TRY(load_set(&out->v, s, &out->geom, "v.", err));
     }

@@ -16,6 +16,7 @@ lsa_status lsa_geom_to_json(json_t **out, const lsa_indexer_geom *g, lsa_err *er
                   r->dim, "base", r->base, "factor", r->factor, "original_len", (json_int_t)r->original_len,
                   "beta_fast", r->beta_fast, "beta_slow", r->beta_slow, "layers", layers);
     if (!*out) LSA_RET_FAIL(LSA_E_NOMEM, "cannot format the indexer geometry");
+    if (g->reach) json_object_set_new(*out, "continuation", json_integer(g->reach));
     return LSA_OK;
 }
 
@@ -56,6 +57,8 @@ lsa_status lsa_geom_from_json(lsa_indexer_geom *g, const json_t *o, const char *
         LSA_TRY(get_i32(&g->ord[i].v, LSA_MAX_CSA - 1, l, "ordinal", where, err));
         LSA_TRY(get_i32(&g->id[i].v, LSA_MAX_LAYERS - 1, l, "id", where, err));
     }
+    if (json_object_get(o, "continuation"))
+        LSA_TRY(get_i32(&g->reach, LSA_MAX_REACH, o, "continuation", where, err));
     if (lsa_indexer_geom_check(g, &inner) != LSA_OK) LSA_FAIL(LSA_E_FORMAT, "%s: %s", where, inner.msg);
 done:
     return st;

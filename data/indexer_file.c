@@ -2,6 +2,7 @@
  * apart. */
 #include "data/indexer_file.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,7 @@
 
 #define FORMAT "lsa-indexer/1"
 
+enum { N_TEXT = sizeof((lsa_indexer_meta){0}.text) / sizeof(char *) };
 static const char *const ENSEMBLE[] = {"sum", "mean", "max"};
 
 const char *lsa_ensemble_name(lsa_ensemble e) {
@@ -36,15 +38,24 @@ void lsa_indexer_file_fini(lsa_indexer_file *f) {
 }
 
 void lsa_indexer_meta_fini(lsa_indexer_meta *m) {
-    for (int i = 0; i < 4; i++) free(m->text[i]);
+    for (int i = 0; i < N_TEXT; i++) free(m->text[i]);
     memset(m, 0, sizeof *m);
+}
+
+json_t *lsa_indexer_costs_json(const lsa_indexer_file *f) {
+    if (!f->geom.reach) return NULL;
+    json_t *b = json_array();
+    const float *cost = f->params + lsa_indexer_costs_at(&f->geom);
+    for (int32_t j = 0; j < f->geom.reach; j++) json_array_append_new(b, json_real((double)cost[j]));
+    return json_pack("{s:o}", "b", b);
 }
 
 lsa_status lsa_indexer_meta_make(lsa_indexer_meta *m, const lsa_indexer_file *f, lsa_err *err) {
     lsa_status st = LSA_OK;
-    json_t *part[4] = {NULL, NULL, f->train ? json_incref(f->train) : json_object(),
-                       json_incref(f->calibration)};
-    static const char *const key[] = {"lsa.geometry", "lsa.select", "lsa.train", "lsa.calibration"};
+    json_t *part[N_TEXT] = {NULL, NULL, f->train ? json_incref(f->train) : json_object(),
+                            json_incref(f->calibration), lsa_indexer_costs_json(f)};
+    static const char *const key[] = {"lsa.geometry", "lsa.select", "lsa.train", "lsa.calibration",
+                                      "lsa.continuation"};
     int n = 0;
     memset(m, 0, sizeof *m);
     LSA_TRY(lsa_geom_to_json(&part[0], &f->geom, err));
@@ -52,15 +63,15 @@ lsa_status lsa_indexer_meta_make(lsa_indexer_meta *m, const lsa_indexer_file *f,
                         "tail", (json_int_t)f->tail, "threshold", f->threshold);
     const char *fixed[] = {"format", "pt", "lsa.format", FORMAT, "lsa.dtype", lsa_dtype_name(f->dtype)};
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) m->pair[n++] = fixed[i];
-    for (int i = 0; i < 4; i++) {
-        if (i == 3 && !part[i]) continue; /* not calibrated */
+    for (int i = 0; i < N_TEXT; i++) {
+        if (i >= 3 && !part[i]) continue; /* not calibrated, no continuation */
         m->text[i] = json_dumps(part[i], JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
         if (!m->text[i]) LSA_FAIL(LSA_E_NOMEM, "cannot format the metadata of the indexer");
         m->pair[n++] = key[i];
         m->pair[n++] = m->text[i];
     }
 done:
-    for (int i = 0; i < 4; i++) json_decref(part[i]);
+    for (int i = 0; i < N_TEXT; i++) json_decref(part[i]);
     if (st != LSA_OK) lsa_indexer_meta_fini(m);
     return st;
 }
@@ -146,9 +157,38 @@ lsa_status lsa_indexer_meta_read(lsa_indexer_file *f, const lsa_tensor_file *s, 
     LSA_TRY(read_meta(&f->train, s, "lsa.train", err));
     if (lsa_tensor_file_metadata(s, "lsa.calibration"))
         LSA_TRY(read_meta(&f->calibration, s, "lsa.calibration", err));
+    if (!f->geom.reach != !lsa_tensor_file_metadata(s, "lsa.continuation"))
+        LSA_FAIL(LSA_E_FORMAT,
+                 "'%s': 'lsa.geometry' and 'lsa.continuation' disagree on whether there is a continuation",
+                 path);
+    if (f->geom.reach && f->ensemble != LSA_ENSEMBLE_SUM)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': a continuation belongs to ensemble sum, found %s", path, ensemble);
 done:
     json_decref(geom);
     json_decref(select);
+    return st;
+}
+
+lsa_status lsa_indexer_params_new(lsa_indexer_file *f, const lsa_tensor_file *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    json_t *o = NULL, *b;
+    const char *path = lsa_tensor_file_path(s);
+    float *cost;
+    LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
+    if (!f->geom.reach) goto done;
+    LSA_TRY(read_meta(&o, s, "lsa.continuation", err));
+    LSA_TRY(lsa_json_array(&b, o, "b", path, err));
+    if ((int64_t)json_array_size(b) != f->geom.reach)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': 'lsa.continuation' has %zu costs, 'lsa.geometry' says %d", path,
+                 json_array_size(b), f->geom.reach);
+    cost = f->params + lsa_indexer_costs_at(&f->geom);
+    for (int32_t j = 0; j < f->geom.reach; j++) {
+        const json_t *v = json_array_get(b, (size_t)j);
+        cost[j] = json_is_number(v) ? (float)json_number_value(v) : NAN;
+    }
+    LSA_TRY(lsa_indexer_costs_check(cost, f->geom.reach, path, err));
+done:
+    json_decref(o);
     return st;
 }
 
@@ -188,10 +228,10 @@ lsa_status lsa_indexer_file_load(lsa_indexer_file *f, const char *dir, lsa_err *
         LSA_TRY(check_tensor(lsa_tensor_file_at(s, i), f, path, err));
     int64_t bytes; /* before memory is taken for a damaged geometry: a number needs a byte at least */
     LSA_TRY(lsa_file_size(&bytes, path, err));
-    if (lsa_indexer_n_param(&f->geom) > bytes)
+    if (lsa_indexer_costs_at(&f->geom) > bytes)
         LSA_FAIL(LSA_E_FORMAT, "'%s': its geometry asks for %lld numbers, the file has %lld bytes", path,
-                 (long long)lsa_indexer_n_param(&f->geom), (long long)bytes);
-    LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
+                 (long long)lsa_indexer_costs_at(&f->geom), (long long)bytes);
+    LSA_TRY(lsa_indexer_params_new(f, s, err));
     for (int32_t l = 0; l < f->geom.n_layer; l++)
         for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
             const lsa_indexer_tensor t = lsa_indexer_tensor_at(&f->geom, l, (lsa_indexer_part)p);

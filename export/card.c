@@ -1,6 +1,7 @@
 /* Model cards: see card.h. Says what the file was fitted for and what it was not. */
 #include "export/card.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "export/calibration_plot.h"
@@ -41,7 +42,8 @@ static void facts(page *p, const lsa_indexer_file *f) {
     for (int32_t l = 0; l < g->n_layer; l++)
         say(p, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
     say(p, " |\n| score | %s |\n| window, always-resident tail | %lld, %lld tokens |\n",
-        f->ensemble == LSA_ENSEMBLE_SUM    ? "sum of the layers' logits"
+        g->reach                           ? "sum of the layers' logits, continued (see Continuation)"
+        : f->ensemble == LSA_ENSEMBLE_SUM  ? "sum of the layers' logits"
         : f->ensemble == LSA_ENSEMBLE_MEAN ? "mean of the layers' sigmoids"
                                            : "maximum of the layers' sigmoids",
         (long long)f->tau, (long long)f->tail);
@@ -72,16 +74,42 @@ static void conventions(page *p, const lsa_indexer_geom *g) {
         (long long)g->rope.original_len, g->rope.beta_fast, g->rope.beta_slow);
 }
 
+static double captured(const json_t *eval, const char *row) {
+    const json_t *v = json_object_get(json_object_get(eval, row), "captured_0.10");
+    return json_is_number(v) ? json_number_value(v) : (double)NAN;
+}
+
+static void continuation(page *p, const lsa_indexer_file *f, const json_t *eval) {
+    const float *b = f->params + lsa_indexer_costs_at(&f->geom);
+    const double with = captured(eval, "sum"), without = captured(eval, "plain");
+    if (!f->geom.reach) return;
+    say(p,
+        "## Continuation\n\nTrained with one: the score that ranks chunk c is z'(c) = max over j = 0 .. %d of z(c - j) - b_j, where z is the sum of the layers' logits, b_0 = 0, "
+        "chunks before the first do not exist, and the costs b (`lsa.continuation` in the metadata, fp32) are\n\n```\n",
+        f->geom.reach);
+    for (int32_t j = 0; j < f->geom.reach; j++)
+        say(p, "%.6g%s", (double)b[j], j + 1 < f->geom.reach ? " " : "\n");
+    say(p,
+        "```\n\n`liblsa_indexer` applies it. The weights load in a server that knows nothing of it, which then ranks by z alone");
+    if (isfinite(with) && isfinite(without))
+        say(p,
+            " and loses: of the held-out attention mass, 10 %% of the chunks hold %.4f with the continuation, %.4f without",
+            with, without);
+    say(p,
+        ". What it loses most is text that goes on from where it was read last: the weights were trained to find the beginnings.\n\n");
+}
+
 static void evaluation(page *p, const json_t *eval) {
-    static const char *const key[] = {"sum", "mean", "max"};
-    static const char *const name[] = {"sum of logits", "mean of sigmoids", "maximum of sigmoids"};
+    static const char *const key[] = {"sum", "plain", "mean", "max"};
+    static const char *const name[] = {"sum of logits", "sum without the continuation", "mean of sigmoids",
+                                       "maximum of sigmoids"};
     static const char *const column[] = {"precision",     "recall",       "f1",
                                          "kept",          "recall_at_k",  "captured_0.05",
                                          "captured_0.10", "captured_0.20"};
     say(p,
         "## Held-out evaluation\n\nAt the last evaluation of the training run, over all chunks that can be evicted; precision, recall, F1 and kept at the recipe's "
         "threshold.\n\n| score | precision | recall | F1 | kept | recall@K | captured mass at 5 %% | 10 %% | 20 %% |\n|---|---|---|---|---|---|---|---|---|\n");
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         const json_t *row = json_object_get(eval, key[i]);
         if (!row) continue;
         say(p, "| %s |", name[i]);
@@ -154,6 +182,7 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
         (long long)f->tau, lsa_version());
     facts(&p, f);
     lsa_card_serving(&p, f, c);
+    continuation(&p, f, eval);
     if (c) lsa_card_calibration(&p, f, c);
     if (eval) evaluation(&p, eval);
     conventions(&p, &f->geom);

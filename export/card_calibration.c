@@ -44,6 +44,10 @@ static void reference_server(page *p, const lsa_indexer_file *f, const lsa_calib
             "The weights of this file are scaled so that the values below make that rule, at a context of %lld tokens, keep exactly the chunks of the calibrated "
             "maximum for a budget of %.4g %%.\n\n",
             (long long)c->fold.chunks * LSA_CHUNK, 100 * c->fold.budget);
+    else if (f->geom.reach)
+        say(p,
+            "**This file was not made for it**: it has neither the sum nor the continuation, and `lsa-export "
+            "calibrate --fold` refuses. With the values below it keeps whatever it happens to keep.\n\n");
     else
         say(p,
             "**This file was not made for it**: with the values below the share it keeps is whatever it happens to be. `lsa-export calibrate --fold BUDGET` makes "
@@ -80,7 +84,8 @@ void lsa_card_serving(page *p, const lsa_indexer_file *f, const lsa_calibration 
         "## How to serve it\n\nEvery %lld tokens, score all chunks but the newest %lld tokens' from the hidden vectors of the token before, and keep some of them until the "
         "next time. A chunk's score is %s. ",
         (long long)f->tau, (long long)f->tail,
-        f->ensemble == LSA_ENSEMBLE_SUM    ? "the sum of the layers' logits"
+        f->geom.reach                      ? "the sum of the layers' logits, continued (see Continuation)"
+        : f->ensemble == LSA_ENSEMBLE_SUM  ? "the sum of the layers' logits"
         : f->ensemble == LSA_ENSEMBLE_MEAN ? "the mean of the layers' sigmoids"
                                            : "the maximum of the layers' sigmoids");
     if (c)
@@ -100,7 +105,7 @@ static void thresholds(page *p, const lsa_indexer_file *f, const lsa_calibration
     const lsa_calib_entry *e = c->entry[f->ensemble];
     say(p,
         "Thresholds of the %s score (the file holds those of the sum, mean and maximum):\n\n| context, tokens | documents |",
-        lsa_ensemble_name(f->ensemble));
+        f->geom.reach ? "continued sum" : lsa_ensemble_name(f->ensemble));
     for (int t = 0; t < LSA_CALIB_TARGETS; t++)
         say(p, t < LSA_CALIB_BUDGETS ? " budget %.4g %% |" : " recall %.4g %% |", 100 * e[t].target);
     say(p, "\n|---|---|---|---|---|---|---|---|---|\n");

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Proves that an engine reads an exported indexer as it was trained; run it at every load (as a script: checks its own arithmetic). numpy only.
 check(folder, score, path) calls score(ordinal, hidden f32 [d], position, key_rows u8 [n, 132]) -> logits [n], or (logits, q [heads, 128]).
-path: "f32", "bf16" or "fp8", the numeric path of the engine's queries. Raises ValueError that names the convention at fault (EXPORT_FORMAT.md of lsa)."""
+path: "f32", "bf16" or "fp8", the numeric path of the engine's queries. Raises ValueError that names the convention at fault (EXPORT_FORMAT.md of lsa). Logits only: no ensemble, no continuation."""
 import functools, json, math, os, sys, zlib
 import numpy as np
 LIMIT = {"f32": 4e-5, "bf16": 1e-3, "fp8": 1e-2}  # of |found - expected| / |expected| over the numbers of one query

@@ -10,6 +10,7 @@
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
 #include "kernels/cpu/topk.h"
+#include "kernels/continuation.h"
 #include "kernels/ops.h"
 
 enum { M = LSA_GOLD_M, N = LSA_GOLD_KEYS };
@@ -78,6 +79,19 @@ static lsa_status judge_score(const lsa_indexer_file *f, const lsa_golden *o, ls
     }
     LSA_RET_FAIL(LSA_E_FORMAT, "'%s': '%s.score' is off by %.3g (limit %g), most at position %lld: %s", who,
                  lsa_query_path_name(p), d, limit, (long long)o->position[at], text);
+}
+
+static lsa_status judge_continued(const lsa_golden *o, lsa_query_path p, const float *got, const char *who,
+                                  lsa_err *err) {
+    int at, q;
+    const double limit = lsa_stage_limit[lsa_logit_stage[p]],
+                 d = lsa_gold_difference(got, o->continued[p], M * N, &at);
+    if (d <= limit) return LSA_OK;
+    LSA_RET_FAIL(LSA_E_FORMAT, "'%s': '%s.continued' is off by %.3g (limit %g), most at position %lld: %s",
+                 who, lsa_query_path_name(p), d, limit, (long long)o->position[at],
+                 lsa_gold_difference(got, o->pick[p].score, M * N, &q) <= limit
+                     ? "continuation: the scores are not continued to the chunks that follow"
+                     : "continuation: the scores are not continued as lsa.continuation says");
 }
 
 /* ---- our kernels ---- */
@@ -168,11 +182,15 @@ lsa_status lsa_conform_kernels(const lsa_indexer_file *f, const char *dir, const
     }
     for (int p = 0; p < LSA_QUERY_PATHS; p++) {
         const float *logit[LSA_MAX_CSA];
-        float score[M * N], scratch[N];
+        float score[M * N], continued[M * N], scratch[N];
         uint8_t top[M * N] = {0}, above[M * N];
         for (int32_t l = 0; l < o.n_layer; l++) logit[l] = got[l].v[lsa_logit_stage[p]];
         lsa_gold_combine(score, logit, o.n_layer, f->ensemble);
         LSA_TRY(judge_score(f, &o, (lsa_query_path)p, score, dir, err));
+        for (int i = 0; f->geom.reach && i < M; i++)
+            lsa_continue(continued + i * N, NULL, score + i * N, N,
+                         f->params + lsa_indexer_costs_at(&f->geom), f->geom.reach);
+        if (f->geom.reach) LSA_TRY(judge_continued(&o, (lsa_query_path)p, continued, dir, err));
         for (int i = 0; i < M; i++) {
             int32_t sel[N];
             const int64_t n = lsa_topk(score + i * N, N, o.pick[p].k[i], NULL, 0, scratch, sel);
@@ -246,17 +264,21 @@ static lsa_status take_tensor(lsa_stages *got, bool *known, const lsa_indexer_fi
             if (!strcmp(t->name, name)) return take_stage(&got[l], t, (lsa_stage)s, g, file, err);
         }
     for (int p = 0; p < LSA_QUERY_PATHS; p++) {
-        static const char *const what[] = {"score", "top", "above"};
-        for (int i = 0; i < 3; i++) {
+        enum { SCORE = 0, TOP, ABOVE, CONTINUED };
+        static const char *const what[] = {"score", "top", "above", "continued"};
+        for (int i = 0; i < (g->reach ? 4 : 3); i++) {
+            const bool mask = i == TOP || i == ABOVE;
             snprintf(name, sizeof name, "%s.%s", lsa_query_path_name((lsa_query_path)p), what[i]);
             if (strcmp(t->name, name)) continue;
             float score[M * N];
-            if (t->n_elem != M * N || t->n_dim != 2 || t->shape[0] != M || (i && t->dtype != LSA_U8))
+            if (t->n_elem != M * N || t->n_dim != 2 || t->shape[0] != M || (mask && t->dtype != LSA_U8))
                 LSA_RET_FAIL(LSA_E_FORMAT, "'%s': tensor '%s' must be %s [%d, %d]", file, t->name,
-                             i ? "U8" : "F32", M, N);
-            if (i) return judge_mask(o, (lsa_query_path)p, t->data, i == 1, file, err);
+                             mask ? "U8" : "F32", M, N);
+            if (mask) return judge_mask(o, (lsa_query_path)p, t->data, i == TOP, file, err);
             const lsa_status st = lsa_st_to_f32(score, t, err);
-            return st == LSA_OK ? judge_score(f, o, (lsa_query_path)p, score, file, err) : st;
+            if (st != LSA_OK) return st;
+            return i == SCORE ? judge_score(f, o, (lsa_query_path)p, score, file, err)
+                              : judge_continued(o, (lsa_query_path)p, score, file, err);
         }
     }
     const lsa_st_tensor *same = lsa_st_find(golden, t->name);

@@ -19,13 +19,17 @@ typedef struct kv {
     int type;
     uint64_t u;       /* T_U32 */
     double x;         /* T_F32, T_F64 */
-    const char *s;    /* T_STRING */
+    const char *s;    /* T_STRING; NULL: the file has no such key */
     const int32_t *v; /* T_ARRAY of T_I32, u of them */
 } kv;
 
 static lsa_status put_string(lsa_sink *to, const char *s, lsa_err *err) {
     const lsa_status st = lsa_sink_uint(to, strlen(s), 8, err);
     return st == LSA_OK ? lsa_sink_put(to, s, strlen(s), err) : st;
+}
+
+static bool in_file(const kv *k) {
+    return k->type != T_STRING || k->s;
 }
 
 static lsa_status put_kv(lsa_sink *to, const kv *k, lsa_err *err) {
@@ -84,9 +88,10 @@ lsa_status lsa_gguf_emit(lsa_sink *to, const lsa_indexer_file *f, lsa_err *err) 
     const lsa_dtype dtype = f->dtype == LSA_F32 ? LSA_F32 : LSA_BF16;
     lsa_tensor_out *t = NULL;
     int32_t ord[LSA_MAX_CSA], id[LSA_MAX_CSA];
+    json_t *costs = lsa_indexer_costs_json(f);
     char *train = json_dumps(f->train, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17)),
          *calibration = json_dumps(f->calibration, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17)),
-         name[96];
+         *continuation = json_dumps(costs, JSON_COMPACT | JSON_REAL_PRECISION(17)), name[96];
     const char *teacher = json_string_value(json_object_get(f->train, "teacher"));
     int64_t n = 0, n_kv = 0;
     for (int32_t l = 0; l < g->n_layer; l++) ord[l] = g->ord[l].v, id[l] = g->id[l].v;
@@ -127,9 +132,11 @@ lsa_status lsa_gguf_emit(lsa_sink *to, const lsa_indexer_file *f, lsa_err *err) 
         {.key = "memidx.tail", T_U32, (uint64_t)f->tail},
         {.key = "memidx.threshold", T_F64, .x = f->threshold},
         {.key = "memidx.train", T_STRING, .s = train ? train : "{}"},
-        {.key = "memidx.calibration", T_STRING, .s = calibration}, /* last: only once calibrated */
+        {.key = "memidx.calibration", T_STRING, .s = calibration},
+        {.key = "memidx.continuation", T_STRING, .s = continuation},
     };
-    n_kv = (int64_t)(sizeof all / sizeof *all) - (calibration ? 0 : 1);
+    const int64_t n_all = (int64_t)(sizeof all / sizeof *all);
+    for (int64_t i = 0; i < n_all; i++) n_kv += in_file(&all[i]);
     LSA_TRY(LSA_NEW(t, g->n_layer * LSA_INDEXER_PARTS, err));
     for (int32_t l = 0; l < g->n_layer; l++)
         for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
@@ -140,11 +147,14 @@ lsa_status lsa_gguf_emit(lsa_sink *to, const lsa_indexer_file *f, lsa_err *err) 
     LSA_TRY(lsa_sink_uint(to, 3, 4, err));
     LSA_TRY(lsa_sink_uint(to, (uint64_t)n, 8, err));
     LSA_TRY(lsa_sink_uint(to, (uint64_t)n_kv, 8, err));
-    for (int64_t i = 0; i < n_kv; i++) LSA_TRY(put_kv(to, &all[i], err));
+    for (int64_t i = 0; i < n_all; i++)
+        if (in_file(&all[i])) LSA_TRY(put_kv(to, &all[i], err));
     LSA_TRY(put_tensors(to, t, n, err));
 done:
     free(train);
     free(calibration);
+    free(continuation);
+    json_decref(costs);
     lsa_free(t);
     return st;
 }

@@ -73,6 +73,17 @@ static void pick(lsa_gold_selection *p, float threshold) {
     }
 }
 
+/* The continuation of a score, the keys taken for neighbouring chunks; once more, in double. */
+static void continue_score(float *out, const float *score, const float *cost, int32_t reach) {
+    for (int i = 0; i < M; i++)
+        for (int c = 0; c < N; c++) {
+            double best = (double)score[i * N + c];
+            for (int j = 1; j <= reach && j <= c; j++)
+                best = fmax(best, (double)score[i * N + c - j] - (double)cost[j - 1]);
+            out[i * N + c] = (float)best;
+        }
+}
+
 static lsa_status compute(lsa_golden *o, const lsa_indexer_file *f, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_ctx *ctx = NULL;
@@ -90,6 +101,8 @@ static lsa_status compute(lsa_golden *o, const lsa_indexer_file *f, lsa_err *err
         for (int32_t l = 0; l < o->n_layer; l++) logit[l] = o->at[l].v[lsa_logit_stage[p]];
         lsa_gold_combine(o->pick[p].score, logit, o->n_layer, f->ensemble);
         pick(&o->pick[p], o->threshold);
+        continue_score(o->continued[p], o->pick[p].score, f->params + lsa_indexer_costs_at(&f->geom),
+                       f->geom.reach);
     }
 done:
     lsa_ctx_destroy(ctx);
@@ -168,6 +181,9 @@ static void make_plan(plan *t, lsa_golden *o, const lsa_indexer_geom *g) {
             snprintf(name, sizeof name, "%s.%s", lsa_query_path_name((lsa_query_path)p), x4[i].what);
             add(t, x4[i].mem, x4[i].t, false, i == 1 ? 1 : 2, grid, name);
         }
+        if (!g->reach) continue;
+        snprintf(name, sizeof name, "%s.continued", lsa_query_path_name((lsa_query_path)p));
+        add(t, o->continued[p], LSA_F32, false, 2, grid, name);
     }
 }
 

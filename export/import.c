@@ -221,16 +221,20 @@ static lsa_status import_exported(import *im, const lsa_tensor_file *file, schem
         while (all.ord[k].v != g->ord[l].v) k++;
         g->id[l] = all.id[k];
     }
-    if (g->n_layer != all.n_layer && im->f.calibration) {
+    if (g->n_layer != all.n_layer && (im->f.calibration || g->reach)) {
+        snprintf(im->note, im->note_bytes, "the %s made for all %d layers and left out",
+                 !g->reach            ? "calibration was"
+                 : !im->f.calibration ? "continuation was"
+                                      : "calibration and the continuation were",
+                 all.n_layer);
         json_decref(im->f.calibration);
         im->f.calibration = NULL;
-        snprintf(im->note, im->note_bytes, "the calibration was made for all %d layers and is left out",
-                 all.n_layer);
+        g->reach = 0;
     }
     if (s != JOINT && g->n_layer != 1)
         LSA_FAIL(LSA_E_FORMAT, "'%s': its metadata names %d layers, its tensors none", im->source,
                  g->n_layer);
-    LSA_TRY(alloc_params(im, err));
+    LSA_TRY(lsa_indexer_params_new(&im->f, file, err));
     for (int32_t l = 0; l < g->n_layer; l++) LSA_TRY(read_layer(im, l, file, s, err));
     im->kind = "exported indexer";
     im->exported = true;

@@ -75,13 +75,14 @@ done:
     return st;
 }
 
-/* One layer as an indexer of its own; what was calibrated for all of them together is left out. */
+/* One layer as an indexer of its own; what was learned or calibrated for all of them together is left out. */
 static lsa_status emit_layer(lsa_sink *to, const lsa_indexer_file *f, const lsa_export_options *o,
                              int32_t layer, lsa_err *err) {
     lsa_indexer_file one = *f;
     (void)o;
     one.params = f->params + lsa_indexer_tensor_at(&f->geom, layer, LSA_WQ_A).offset;
     one.geom.n_layer = 1;
+    one.geom.reach = 0;
     one.geom.ord[0] = f->geom.ord[layer];
     one.geom.id[0] = f->geom.id[layer];
     one.calibration = NULL;

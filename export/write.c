@@ -62,6 +62,12 @@ lsa_status lsa_export_write(const char *ckpt, const char *out, const lsa_export_
                            .train = train};
     LSA_TRY(read_exported(&f, json_object_get(c.state, "exported"), c.dir, err));
     if (rule->ensemble) f.ensemble = *rule->ensemble;
+    if (c.geom.reach && f.ensemble != LSA_ENSEMBLE_SUM)
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "'%s' was trained with a continuation, which belongs to the sum of the logits: --ensemble %s "
+            "would leave it out; export the sum",
+            c.dir, lsa_ensemble_name(f.ensemble));
     if (rule->threshold) f.threshold = *rule->threshold;
     if (rule->dtype) {
         if (*rule->dtype != f.dtype) f.calibration = NULL; /* measured on other weights */
@@ -90,15 +96,13 @@ lsa_status lsa_export_verify(const char *indexer, const char *ckpt, double *wors
     if (c.geom.n_layer != f.geom.n_layer || lsa_indexer_n_param(&c.geom) != lsa_indexer_n_param(&f.geom))
         LSA_FAIL(LSA_E_FORMAT, "'%s' and checkpoint '%s' have different geometries", indexer, c.dir);
     lsa_weights_round(c.params, &c.geom, f.dtype);
-    for (int32_t l = 0; l < f.geom.n_layer; l++)
-        for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
-            const lsa_indexer_tensor a = lsa_indexer_tensor_at(&f.geom, l, (lsa_indexer_part)p),
-                                     b = lsa_indexer_tensor_at(&c.geom, l, (lsa_indexer_part)p);
-            if (strcmp(a.name, b.name) || a.n != b.n ||
-                memcmp(f.params + a.offset, c.params + b.offset, (size_t)a.n * sizeof(float)))
-                LSA_FAIL(LSA_E_FORMAT, "'%s': tensor %s is not the one of checkpoint '%s'; export again",
-                         indexer, a.name, c.dir);
-        }
+    for (int64_t i = 0; i < lsa_indexer_n_tensor(&f.geom); i++) {
+        const lsa_indexer_tensor a = lsa_indexer_tensor_no(&f.geom, i), b = lsa_indexer_tensor_no(&c.geom, i);
+        if (strcmp(a.name, b.name) || a.n != b.n ||
+            memcmp(f.params + a.offset, c.params + b.offset, (size_t)a.n * sizeof(float)))
+            LSA_FAIL(LSA_E_FORMAT, "'%s': tensor %s is not the one of checkpoint '%s'; export again", indexer,
+                     a.name, c.dir);
+    }
 done:
     lsa_ckpt_fini(&c);
     lsa_indexer_file_fini(&f);

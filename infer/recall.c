@@ -12,6 +12,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/cpu/topk.h"
+#include "kernels/continuation.h"
 #include "kernels/ops.h"
 
 struct lsa_recall {
@@ -117,6 +118,7 @@ lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, i
             }
         }
     }
+    if (g->reach) lsa_continue(score, NULL, score, n, r->f->params + lsa_indexer_costs_at(g), g->reach);
     r->n_key = lsa_max_i64(r->n_key, n);
 done:
     return st;

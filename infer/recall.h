@@ -22,8 +22,8 @@ LSA_NODISCARD lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_f
 void lsa_recall_destroy(lsa_recall *r);
 void lsa_recall_reset(lsa_recall *r); /* with the session */
 
-/* score[n]: ensemble score of chunks 0..n-1 for the window that starts at the session's position; n <=
- * position/4. */
+/* score[n]: ensemble score (continued, if the indexer says so) of chunks 0..n-1 for the window that starts at
+ * the session's position; n <= position/4. */
 LSA_NODISCARD lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n,
                                           lsa_err *err);
 

@@ -66,6 +66,20 @@ static lsa_status check_indexer_score_bwd(const lsa_indexer_score_bwd_args *a, l
     return check_score(a->m, a->n_head, a->d, a->n, a->n_key, a->keys && a->key_base && a->dz,
                        a->q && a->w && a->n_cand && a->dq && a->dw, err);
 }
+static lsa_status check_continuation_fwd(const lsa_continuation_fwd_args *a, lsa_err *err) {
+    NEED(fits(a->m, a->n, 1) && a->n <= INT32_MAX, "sizes must not be negative, n must fit 31 bits");
+    NEED(a->reach >= 1 && a->reach <= LSA_MAX_REACH, "reach must be in [1, 64]");
+    NEED(a->m == 0 || a->n == 0 || (a->z && a->cost && a->n_cand && a->out && a->from), "NULL tensor");
+    NEED(a->m == 0 || a->n == 0 || a->out != a->z, "out must not alias z");
+    return LSA_OK;
+}
+static lsa_status check_continuation_bwd(const lsa_continuation_bwd_args *a, lsa_err *err) {
+    NEED(fits(a->m, a->n, 1) && a->n <= INT32_MAX, "sizes must not be negative, n must fit 31 bits");
+    NEED(a->reach >= 1 && a->reach <= LSA_MAX_REACH, "reach must be in [1, 64]");
+    NEED(a->dcost && (a->m == 0 || a->n == 0 || (a->from && a->dout && a->n_cand && a->dz)), "NULL tensor");
+    NEED(a->m == 0 || a->n == 0 || a->dz != a->dout, "dz must not alias dout");
+    return LSA_OK;
+}
 static lsa_status check_loss_pointwise(const lsa_loss_pointwise_args *a, lsa_err *err) {
     NEED(fits(a->m, a->n, 1), "sizes must not be negative or overflow");
     NEED(a->smoothing >= 0.0f && a->smoothing < 0.5f, "smoothing must be in [0, 0.5)");

@@ -87,6 +87,33 @@ typedef struct lsa_indexer_score_bwd_args {
     float *dw;       /* [m, n_head] */
 } lsa_indexer_score_bwd_args;
 
+/* Continuation of scores along neighbouring chunks: out[i,c] = max over 0 <= j <= min(reach, c) of z[i,c-j] -
+ * b[j], b[0] = 0, for c < n_cand[i]. f32, one subtraction an element, so every backend gives the same bits.
+ * from[i,c] = the j that won, the smallest of equal ones. A NaN stays where it is and is not lent. Columns c
+ * >= n_cand[i] are written 0 and are read by none. Candidates must be neighbours: column c is chunk c. */
+typedef struct lsa_continuation_fwd_args {
+    int64_t m, n;
+    int32_t reach;     /* 1 .. LSA_MAX_REACH */
+    const float *z;    /* [m, n] */
+    const float *cost; /* [reach], cost[j-1] = b[j] */
+    const int32_t *n_cand;
+    float *out;    /* [m, n]; must not alias z */
+    uint8_t *from; /* [m, n] */
+} lsa_continuation_fwd_args;
+
+/* The gradient goes where the score came from: dz[i,k] = sum over j of dout[i,k+j] where from[i,k+j] = j;
+ * dcost[j-1] = - sum over i and c of dout[i,c] where from[i,c] = j (set, also for m = 0). dz of columns >=
+ * n_cand[i] is 0. */
+typedef struct lsa_continuation_bwd_args {
+    int64_t m, n;
+    int32_t reach;
+    const uint8_t *from; /* [m, n], of the forward pass */
+    const float *dout;   /* [m, n] */
+    const int32_t *n_cand;
+    float *dz;    /* [m, n]; must not alias dout */
+    float *dcost; /* [reach] */
+} lsa_continuation_bwd_args;
+
 /* Pointwise loss of notes 7.3 from logits, stable. y in {0,1} (as float), smoothed to y' = y(1-2s)+s. BCE:
  * loss = weight*BCE. Focal: weight*(1-pt)^2*BCE, pt = p y' + (1-p)(1-y'), focal factor differentiated. Logs
  * are floored at -100 as the reference does only when ref_floor is set. dz and row_loss are multiplied by

@@ -185,6 +185,7 @@ static lsa_status find(lsa_calibration *out, lsa_measure *m, scores *x, const lo
         24 * sd + 1e-6 * (1 + fabs(mean)); /* beyond it lie under 0.2 % of any distribution */
     for (int s = 0; s < LSA_CALIB_SCORES; s++) {
         lsa_calib_rule(&x->rule[s], out, (lsa_score_rule)s, 0, 0);
+        lsa_measure_continue(&x->rule[s], m);
         x->counts[s].axis = s == LSA_SCORE_SUM ? (lsa_score_axis){false, mean - reach, mean + reach}
                                                : (lsa_score_axis){true, -24, 24};
     }
@@ -227,9 +228,11 @@ lsa_status lsa_calibration_measure(lsa_calibration *c, lsa_measure *m, lsa_err *
     c->longest = info.longest_tokens;
     LSA_TRY(LSA_NEW(rule, N_RULE, err));
     LSA_TRY(LSA_NEW(point, N_RULE * (int64_t)c->n_knot, err));
-    for (int i = 0; i < N_RULE; i++)
+    for (int i = 0; i < N_RULE; i++) {
         lsa_calib_rule(&rule[i], c, (lsa_score_rule)(i / LSA_CALIB_TARGETS), i % LSA_CALIB_TARGETS,
                        info.tail_chunks);
+        lsa_measure_continue(&rule[i], m);
+    }
     LSA_TRY(lsa_measure_rules(point, c->knot_documents, c->knot_windows, m, rule, N_RULE, c->knot, c->n_knot,
                               err));
     for (int i = 0; i < N_RULE; i++)
@@ -319,6 +322,10 @@ lsa_status lsa_calibrate_fold(lsa_calibration *c, lsa_measure *m, lsa_indexer_fi
     lsa_select_rule rule[2];
     double b[LSA_MAX_CSA] = {0};
     int target = 0;
+    if (f->geom.reach)
+        LSA_FAIL(LSA_E_UNSUPPORTED,
+                 "--fold: this indexer was trained with a continuation of the sum, which the "
+                 "reference server's maximum of sigmoids would leave out");
     while (target < LSA_CALIB_BUDGETS && fabs(lsa_calib_target[target] - budget) > 1e-9) target++;
     if (target == LSA_CALIB_BUDGETS)
         LSA_FAIL(LSA_E_ARG, "--fold %g: expected one of the budgets 0.05, 0.10, 0.135 and 0.20", budget);

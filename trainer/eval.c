@@ -9,6 +9,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/cpu/topk.h"
+#include "kernels/continuation.h"
 
 const double lsa_eval_budgets[LSA_EVAL_BUDGETS] = {0.05, 0.10, 0.20};
 const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS] = {16384, 65536, 262144, INT64_MAX};
@@ -85,10 +86,11 @@ static void add(lsa_scores *a, const lsa_scores *b) {
 }
 
 /* All scores of one window from the layers' logits z[l], stride m*n. */
-static lsa_status window_scores(lsa_scores *row, int32_t L, const float *z, int64_t stride,
+static lsa_status window_scores(lsa_scores *row, const lsa_eval *e, const float *z, int64_t stride,
                                 const uint8_t *votes, const float *mass, int64_t n, const lsa_recipe *r,
                                 lsa_err *err) {
     lsa_status st = LSA_OK;
+    const int32_t L = e->n_layer, last = e->n - 1;
     float *p = NULL, *mean = NULL, *max = NULL, *sum = NULL, *scratch = NULL;
     int32_t *sel = NULL;
     LSA_TRY(LSA_NEW(p, n, err));
@@ -107,10 +109,13 @@ static lsa_status window_scores(lsa_scores *row, int32_t L, const float *z, int6
         }
         count(&row[l], p, zl, votes, mass, n, r, scratch, sel);
     }
-    count(&row[L], mean, mean, votes, mass, n, r, scratch, sel);
-    count(&row[L + 1], max, max, votes, mass, n, r, scratch, sel);
-    for (int64_t c = 0; c < n; c++) p[c] = sigmoid(sum[c]);
-    count(&row[L + 2], p, sum, votes, mass, n, r, scratch, sel);
+    count(&row[last - 2], mean, mean, votes, mass, n, r, scratch, sel);
+    count(&row[last - 1], max, max, votes, mass, n, r, scratch, sel);
+    for (int continued = e->reach ? 0 : 1; continued < 2; continued++) {
+        if (continued) lsa_continue(sum, NULL, sum, n, e->cost, e->reach);
+        for (int64_t c = 0; c < n; c++) p[c] = sigmoid(sum[c]);
+        count(&row[continued ? last : L], p, sum, votes, mass, n, r, scratch, sel);
+    }
 done:
     lsa_free(p);
     lsa_free(mean);
@@ -127,7 +132,6 @@ static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_bat
                                lsa_source *s, const lsa_recipe *r, int64_t first, const float *z,
                                lsa_err *err) {
     lsa_status st = LSA_OK;
-    const int32_t L = e->n - 3;
     lsa_scores *rows = NULL;
     bool failed = false;
     LSA_TRY(LSA_NEW(rows, b->m * e->n, err));
@@ -143,7 +147,7 @@ static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_bat
         } else {
             lsa_window_needs(NULL, votes, s, d, &w);
             if (mass) lsa_window_native(mass, d, &w);
-            if (window_scores(rows + i * e->n, L, z + i * b->n, b->m * b->n, votes, mass, w.n_cand, r,
+            if (window_scores(rows + i * e->n, e, z + i * b->n, b->m * b->n, votes, mass, w.n_cand, r,
                               NULL) != LSA_OK) {
 #pragma omp atomic write
                 failed = true;
@@ -162,13 +166,16 @@ done:
 
 void lsa_eval_begin(lsa_eval *e, const lsa_source *s, const lsa_indexer_geom *g) {
     memset(e, 0, sizeof *e);
-    e->n = g->n_layer + 3;
+    e->n_layer = g->n_layer;
+    e->reach = g->reach;
+    e->n = g->n_layer + 3 + (g->reach > 0);
     e->has_mass = lsa_shards_get_info(lsa_source_shards(s))->has_stats;
     for (int32_t l = 0; l < g->n_layer; l++)
         snprintf(e->row[l].name, sizeof e->row[l].name, "c%d", g->ord[l].v);
-    snprintf(e->row[g->n_layer].name, 16, "mean");
-    snprintf(e->row[g->n_layer + 1].name, 16, "max");
-    snprintf(e->row[g->n_layer + 2].name, 16, "sum");
+    if (g->reach) snprintf(e->row[g->n_layer].name, 16, "plain");
+    snprintf(e->row[e->n - 3].name, 16, "mean");
+    snprintf(e->row[e->n - 2].name, 16, "max");
+    snprintf(e->row[e->n - 1].name, 16, "sum");
 }
 
 int lsa_eval_bin(int64_t n_token) {
@@ -256,9 +263,13 @@ done:
 
 lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_comm *comm, lsa_source *s, const lsa_recipe *r,
                         const lsa_indexer_geom *g, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
     scorer x = {t, comm, s, r, g};
     lsa_eval_begin(e, s, g);
-    return lsa_eval_documents(e, comm, s, first, last, score_document, &x, err);
+    LSA_TRY(lsa_trainer_costs(t, e->cost, err));
+    LSA_TRY(lsa_eval_documents(e, comm, s, first, last, score_document, &x, err));
+done:
+    return st;
 }
 
 static double captured(const lsa_scores *s, int b) {
@@ -344,4 +355,7 @@ void lsa_eval_print(const lsa_eval *e, const lsa_recipe *r) {
            r->exclude_resident && r->causal ? "can be evicted"
            : r->causal                      ? "are visible"
                                             : "exist in the document");
+    if (e->reach)
+        printf("sum: the summed logits, continued over %d chunks; plain: without the continuation\n",
+               e->reach);
 }

@@ -10,7 +10,7 @@ extern const double
 extern const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS]; /* documents up to 16K, 64K, 256K, longer */
 
 typedef struct lsa_scores {
-    char name[16];                                      /* "c0" ..., "mean", "max", "sum" */
+    char name[16];                                      /* "c0" ..., "plain", "mean", "max", "sum" */
     int64_t n_window, n_cand, tp, fp, fn, hit_k, n_pos; /* micro counts at the threshold and in the top K */
     double macro_recall_k, macro_p, macro_r, macro_f1;  /* sums over the n_macro windows with a positive */
     int64_t n_macro;
@@ -28,10 +28,12 @@ double lsa_recall(const lsa_scores *s);
 double lsa_f1(const lsa_scores *s);
 
 typedef struct lsa_eval {
-    int32_t n; /* rows: joint layers, then mean, max, sum */
-    lsa_scores row[LSA_MAX_CSA + 3];
+    int32_t n; /* rows: joint layers, then plain (only with a continuation), mean, max, sum */
+    lsa_scores row[LSA_MAX_CSA + 4];        /* sum: continued; plain: what it is without the continuation */
     lsa_scores by_length[LSA_EVAL_LENGTHS]; /* of the sum ensemble */
     bool has_mass;
+    int32_t n_layer, reach;
+    float cost[LSA_MAX_REACH]; /* of the continuation */
 } lsa_eval;
 
 double lsa_eval_budget(const lsa_recipe *r, int b); /* b of lsa_scores.captured */

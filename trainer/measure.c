@@ -21,6 +21,7 @@ struct lsa_measure {
     lsa_trainer *trainer;
     int64_t first, last;
     lsa_measure_info info;
+    float cost[LSA_MAX_REACH]; /* of the continuation */
 };
 
 /* ---- opening ---- */
@@ -107,7 +108,15 @@ done:
 lsa_status lsa_measure_params(lsa_measure *m, const float *params, lsa_err *err) {
     lsa_trainer_destroy(m->trainer);
     m->trainer = NULL;
+    if (m->g.reach)
+        memcpy(m->cost, params + lsa_indexer_costs_at(&m->g), (size_t)m->g.reach * sizeof *m->cost);
     return lsa_trainer_create(&m->trainer, m->ctx, NULL, 1, &m->r, &m->g, params, NULL, NULL, 0, err);
+}
+
+void lsa_measure_continue(lsa_select_rule *r, const lsa_measure *m) {
+    if (r->score != LSA_SCORE_SUM) return;
+    r->reach = m->g.reach;
+    memcpy(r->cost, m->cost, sizeof r->cost);
 }
 
 static lsa_status has_stats(bool *out, const char *data, lsa_err *err) {

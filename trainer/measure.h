@@ -59,6 +59,9 @@ LSA_NODISCARD lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, l
 
 /* ---- rules ---- */
 
+/* Gives a rule of the sum the continuation of the weights in use, if they have one. */
+void lsa_measure_continue(lsa_select_rule *r, const lsa_measure *m);
+
 /* Scores of n chunks as kernels/model/select.h defines them. */
 void lsa_rule_score(float *score, const lsa_select_rule *r, const float *z, int64_t stride, int64_t n);
 

@@ -7,6 +7,7 @@
 
 #include "kernels/core/mem.h"
 #include "kernels/core/rng.h"
+#include "kernels/continuation.h"
 #include "trainer/measure.h"
 #include "trainer/threshold.h"
 
@@ -31,6 +32,7 @@ void lsa_rule_score(float *score, const lsa_select_rule *r, const float *z, int6
                 score[c] = fmaxf(score[c], chance(zl[c], t, o));
             }
     }
+    if (r->reach) lsa_continue(score, NULL, score, n, r->cost, r->reach);
 }
 
 /* What can be kept (all) and what a rule keeps: chunks, golden chunks, mass. */

@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdio.h>
 
+#include "kernels/core/lsa_ids.h"
+
 #define I64(name, field, dflt, lo, hi, help)                                                                 \
     { name, LSA_KEY_I64, dflt, lo, hi, NULL, offsetof(lsa_recipe, field), help }
 #define F64(name, field, dflt, lo, hi, help)                                                                 \
@@ -51,6 +53,8 @@ const lsa_key lsa_recipe_keys[] = {
     TEXT("model.layers", layers, "all", "joint CSA layers: all, or ordinals such as 0,2"),
     I64("model.heads", heads, "32", 1, 128, "indexer heads"),
     I64("model.rank", rank, "256", 1, 65536, "rank of the query projection"),
+    I64("model.continuation", reach, "0", 0, LSA_MAX_REACH,
+        "following chunks that a chunk lends its score to, at a learned cost for each distance (0: none; tau / 4 reaches one window)"),
 
     I64("window.tau", tau, "64", 1, 65536, "tokens a window lasts"),
     I64("window.tail", tail, "256", 0, 1e7, "newest tokens that are always resident"),
@@ -135,6 +139,13 @@ lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
     if (r->balance &&
         (r->candidates != LSA_CAND_ALL || (r->loss != LSA_LOSS_BCE && r->loss != LSA_LOSS_FOCAL)))
         LSA_RET_FAIL(LSA_E_CONFIG, "loss.balance needs sample.candidates: all and loss.kind bce or focal");
+    if (r->reach && (r->ensemble != LSA_ON_SUM || r->candidates != LSA_CAND_ALL))
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "model.continuation needs loss.on: sum, whose score it continues, and sample.candidates: "
+            "all, because it lends between neighbouring chunks");
+    if (r->reach && *r->trace)
+        LSA_RET_FAIL(LSA_E_CONFIG, "train.trace knows no continuation: set model.continuation: 0");
     if (r->batch % r->virtual_shards) {
         const int64_t below = r->batch / r->virtual_shards * r->virtual_shards;
         char lower[32] = "";

@@ -20,7 +20,7 @@ enum { LSA_METRIC_CAPTURED = 0, LSA_METRIC_F1, LSA_METRIC_RECALL };
 typedef struct lsa_recipe {
     int64_t mode;
     char layers[LSA_KEY_TEXT_MAX];
-    int64_t heads, rank;
+    int64_t heads, rank, reach;
     int64_t tau, tail, stride;
     int64_t candidates, max_pos, max_neg, order, val_documents, min_layers;
     double neg_ratio, hard_share;

@@ -19,6 +19,7 @@ struct lsa_reduce {
     int rank, size, n_part;
     bool sharded;
     int64_t n_layer, per_layer; /* parameters of a layer */
+    int64_t reach;              /* costs, behind all layers: one bucket of "layer" n_layer */
     float **part;               /* [n_part] [per_layer] */
     bucket *bucket;
     lsa_slice *slice;
@@ -34,14 +35,16 @@ static lsa_status make_buckets(lsa_reduce *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t each = lsa_ceil_div(x->per_layer, LSA_REDUCE_BUCKET);
     int64_t *count = NULL;
-    LSA_TRY(LSA_NEW(x->bucket, x->n_layer * each, err));
-    LSA_TRY(LSA_NEW(x->slice, x->n_layer * each, err));
+    const int64_t n_bucket = x->n_layer * each + (x->reach > 0);
+    LSA_TRY(LSA_NEW(x->bucket, n_bucket, err));
+    LSA_TRY(LSA_NEW(x->slice, n_bucket, err));
     LSA_TRY(LSA_NEW(count, x->size, err));
-    for (int64_t i = 0; i < x->n_layer * each; i++) {
+    for (int64_t i = 0; i < n_bucket; i++) {
         bucket *const b = &x->bucket[i];
         b->layer = (int32_t)(i / each);
         b->first = i % each * LSA_REDUCE_BUCKET;
-        const int64_t n = lsa_min_i64(LSA_REDUCE_BUCKET, x->per_layer - b->first);
+        const int64_t all = b->layer < x->n_layer ? x->per_layer : x->reach,
+                      n = lsa_min_i64(LSA_REDUCE_BUCKET, all - b->first);
         LSA_TRY(LSA_NEW(b->cut, x->size + 1, err));
         x->n_bucket++;
         for (int r = 0; r <= x->size; r++)
@@ -69,7 +72,8 @@ lsa_status lsa_reduce_create(lsa_reduce **out, lsa_comm *comm, const lsa_indexer
     x->n_part = n_part;
     x->sharded = sharded;
     x->n_layer = g->n_layer;
-    x->per_layer = lsa_indexer_n_param(g) / g->n_layer;
+    x->per_layer = lsa_indexer_layer_params(g);
+    x->reach = g->reach;
     LSA_TRY(lsa_alloc_((void **)&x->part, n_part, sizeof *x->part, "gradients", err));
     for (int p = 0; p < n_part; p++) LSA_TRY(LSA_NEW(x->part[p], x->per_layer, err));
     LSA_TRY(make_buckets(x, err));

@@ -20,7 +20,8 @@ LSA_NODISCARD lsa_status lsa_reduce_create(lsa_reduce **out, lsa_comm *comm, con
                                            int n_part, bool sharded, lsa_err *err);
 void lsa_reduce_destroy(lsa_reduce *x); /* NULL allowed */
 
-/* Where part p's gradient of the layer in work goes: the layer's parameters, from its first on. */
+/* Where part p's gradient of the layer in work goes: the layer's parameters, from its first on. "Layer"
+ * n_layer is the costs of the continuation. */
 float *lsa_reduce_part(lsa_reduce *x, int p);
 /* Adds all parts of the layer into grad (flat): this rank's slices of it if sharded, else all of it. */
 LSA_NODISCARD lsa_status lsa_reduce_layer(lsa_reduce *x, int32_t layer, float *grad, lsa_err *err);

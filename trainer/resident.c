@@ -244,6 +244,9 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm,
     lsa_status st = LSA_OK;
     lsa_resident *x = NULL;
     *out = NULL;
+    if (g->reach)
+        LSA_FAIL(LSA_E_UNSUPPORTED, "model.continuation: the GPU's bf16 and fp8 steps do not know it in this "
+                                    "version; set train.precision: f32, or pass --device cpu");
     LSA_TRY(LSA_NEW(x, 1, err));
     x->s = s;
     x->o = o;

@@ -65,6 +65,7 @@ static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_
     g->rank = (int32_t)r->rank;
     g->eps = 1e-6f;
     g->rope = f->rope;
+    g->reach = (int32_t)r->reach;
     bool want[LSA_MAX_CSA] = {false};
     LSA_TRY(lsa_csa_list(want, r->layers, f->n_csa, LSA_E_CONFIG, "model.layers", err));
     for (int32_t o = 0; o < f->n_csa; o++) /* all: those the shards hold */

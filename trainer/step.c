@@ -31,6 +31,8 @@ struct lsa_trainer {
     int64_t *position, *key_base;
     int32_t *n_cand, *cand;
     float *y, *weight, *row_weight, *z, *dz, *dq, *dw, *du;
+    float *zc;     /* continued scores, then their gradient; NULL without a continuation */
+    uint8_t *from; /* the distance that won */
     double *row_loss, *norm;
     double *host_loss, *part_loss; /* part_loss [n_part] */
 };
@@ -108,9 +110,9 @@ void lsa_trainer_destroy(lsa_trainer *t) {
         void *p[] = {t->x[l], t->act[l].a, t->act[l].rstd, t->act[l].u, t->act[l].q, t->act[l].w, t->key[l]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     }
-    void *p[] = {t->p,        t->grad,   t->m,          t->v,    t->freq,    t->norm,   t->position,
-                 t->key_base, t->n_cand, t->row_weight, t->cand, t->y,       t->weight, t->z,
-                 t->dz,       t->dq,     t->dw,         t->du,   t->row_loss};
+    void *p[] = {t->p,        t->grad,   t->m,          t->v,    t->freq,     t->norm,   t->position,
+                 t->key_base, t->n_cand, t->row_weight, t->cand, t->y,        t->weight, t->z,
+                 t->dz,       t->dq,     t->dw,         t->du,   t->row_loss, t->zc,     t->from};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     lsa_free(t->host_loss);
     lsa_free(t->part_loss);
@@ -139,6 +141,12 @@ done:
 
 uint64_t lsa_trainer_hash(const lsa_trainer *t) {
     return lsa_xxh64(t->p, (size_t)t->n_param * sizeof *t->p);
+}
+
+lsa_status lsa_trainer_costs(lsa_trainer *t, float costs[LSA_MAX_REACH], lsa_err *err) {
+    return t->g.reach ? lsa_ctx_download(t->ctx, costs, t->p + lsa_indexer_costs_at(&t->g),
+                                         (size_t)t->g.reach * sizeof *costs, err)
+                      : LSA_OK;
 }
 
 lsa_status lsa_trainer_grad(lsa_trainer *t, float *grad, lsa_err *err) {
@@ -181,6 +189,8 @@ static lsa_status room(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
         ROOM(t->weight, m * b->n);
         ROOM(t->z, m * b->n);
         ROOM(t->dz, m * b->n);
+        if (t->g.reach) ROOM(t->zc, m * b->n);
+        if (t->g.reach) ROOM(t->from, m * b->n);
         t->cap_mn = m * b->n;
     }
     if (b->has_cand && m * b->n > t->cap_cand) {
@@ -286,34 +296,34 @@ done:
     return st;
 }
 
-/* Loss of t->z into t->dz; adds the rows' losses to their parts'. n: counts of the whole step. */
+/* Loss of z into dz; adds the rows' losses to their parts'. n: counts of the whole step. */
 static lsa_status loss(lsa_trainer *t, const lsa_batch *b, const lsa_batch_counts *n, double part,
-                       lsa_err *err) {
+                       const float *z, float *dz, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_recipe *r = t->r;
     switch (r->loss) {
     case LSA_LOSS_KL:
         LSA_TRY(lsa_loss_kl(
             t->ctx,
-            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (n->row_weights > 0 ? n->row_weights : 1.0)), t->z,
-                                t->y, r->by_mass ? t->row_weight : NULL, t->n_cand, t->dz, t->row_loss},
+            &(lsa_loss_kl_args){b->m, b->n, (float)(part / (n->row_weights > 0 ? n->row_weights : 1.0)), z,
+                                t->y, r->by_mass ? t->row_weight : NULL, t->n_cand, dz, t->row_loss},
             err));
         break;
     case LSA_LOSS_BCE:
     case LSA_LOSS_FOCAL:
-        LSA_TRY(lsa_loss_pointwise(t->ctx,
-                                   &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL,
-                                                              (float)r->smoothing,
-                                                              (float)(part / elements(r, n)), t->z, t->y,
-                                                              t->weight, t->n_cand, t->dz, t->row_loss},
-                                   err));
+        LSA_TRY(
+            lsa_loss_pointwise(t->ctx,
+                               &(lsa_loss_pointwise_args){b->m, b->n, r->loss == LSA_LOSS_FOCAL,
+                                                          (float)r->smoothing, (float)(part / elements(r, n)),
+                                                          z, t->y, t->weight, t->n_cand, dz, t->row_loss},
+                               err));
         break;
     default:
         LSA_TRY(lsa_loss_pairwise(t->ctx,
                                   &(lsa_loss_pairwise_args){b->m, b->n, r->loss == LSA_LOSS_MARGIN,
                                                             (float)r->margin,
                                                             (float)(part / (double)lsa_max_i64(1, n->n_pair)),
-                                                            t->z, t->y, t->n_cand, t->dz, t->row_loss},
+                                                            z, t->y, t->n_cand, dz, t->row_loss},
                                   err));
     }
     LSA_TRY(lsa_ctx_download(t->ctx, t->host_loss, t->row_loss, (size_t)b->m * sizeof *t->host_loss, err));
@@ -327,6 +337,7 @@ static lsa_status backward_part(lsa_trainer *t, int32_t l, int64_t p, int64_t m,
     const lsa_indexer_act act = act_at(t, l, p * m);
     lsa_indexer_geom one = t->g; /* of this layer alone: the buffer begins with its parameters */
     one.n_layer = 1;
+    one.reach = 0;
     return lsa_indexer_query_bwd(t->ctx, &one, t->p + lsa_indexer_tensor_at(&t->g, l, LSA_WQ_A).offset,
                                  lsa_reduce_part(t->reduce, (int)p), 0, m, t->x[l] + p * m * t->g.hidden,
                                  t->position + p * m, t->freq, &act, t->dq + p * m * t->g.n_head * 128,
@@ -353,11 +364,53 @@ done:
     return st;
 }
 
-/* AdamW on elements [begin, end) of a tensor of this part; their moments begin at `at`. */
-static lsa_status update_range(lsa_trainer *t, lsa_indexer_part part, int64_t begin, int64_t end, int64_t at,
-                               double lr, double scale, lsa_err *err) {
+/* ---- the continuation: parameters behind all layers, rows apart from each other as everywhere ---- */
+
+static lsa_status continue_scores(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
+    return lsa_continuation_fwd(t->ctx,
+                                &(lsa_continuation_fwd_args){b->m, b->n, t->g.reach, t->z,
+                                                             t->p + lsa_indexer_costs_at(&t->g), t->n_cand,
+                                                             t->zc, t->from},
+                                err);
+}
+
+/* Rows [i, i + m): t->zc (the gradient) into t->dz, and the gradient of the costs into dcost. */
+static lsa_status lend_rows(lsa_trainer *t, int64_t n, int64_t i, int64_t m, float *dcost, lsa_err *err) {
+    return lsa_continuation_bwd(t->ctx,
+                                &(lsa_continuation_bwd_args){m, n, t->g.reach, t->from + i * n, t->zc + i * n,
+                                                             t->n_cand + i, t->dz + i * n, dcost},
+                                err);
+}
+
+static lsa_status continue_backward(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t m = b->m / t->n_part;
+    if (!t->reduce) return lend_rows(t, b->n, 0, b->m, t->grad + lsa_indexer_costs_at(&t->g), err);
+    for (int64_t p = 0; p < t->n_part; p++)
+        LSA_TRY(lend_rows(t, b->n, p * m, m, lsa_reduce_part(t->reduce, (int)p), err));
+    LSA_TRY(lsa_reduce_layer(t->reduce, t->g.n_layer, t->grad, err));
+done:
+    return st;
+}
+
+/* Costs [begin, end) of the flat parameters back to where they are defined. */
+static lsa_status project_costs(lsa_trainer *t, int64_t begin, int64_t end, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    float b[LSA_MAX_REACH];
+    const size_t bytes = (size_t)(end - begin) * sizeof *b;
+    LSA_TRY(lsa_ctx_download(t->ctx, b, t->p + begin, bytes, err));
+    for (int64_t j = 0; j < end - begin; j++) b[j] = fmaxf(b[j], 0.0f);
+    LSA_TRY(lsa_ctx_upload(t->ctx, t->p + begin, b, bytes, err));
+done:
+    return st;
+}
+
+/* AdamW on elements [begin, end) of tensor `no`; their moments begin at `at`. */
+static lsa_status update_range(lsa_trainer *t, int64_t no, int64_t begin, int64_t end, int64_t at, double lr,
+                               double scale, lsa_err *err) {
     const lsa_recipe *r = t->r;
-    const double wd = part == LSA_Q_NORM && !r->decay_norm ? 0.0 : r->weight_decay;
+    const bool costs = begin >= lsa_indexer_costs_at(&t->g), norm = no % LSA_INDEXER_PARTS == LSA_Q_NORM;
+    const double wd = costs || (norm && !r->decay_norm) ? 0.0 : r->weight_decay;
     return lsa_adamw(t->ctx,
                      &(lsa_adamw_args){end - begin, t->updates, (float)lr, (float)r->beta1, (float)r->beta2,
                                        (float)r->eps, (float)wd, (float)scale, t->grad + begin, t->p + begin,
@@ -371,15 +424,14 @@ static lsa_status update(lsa_trainer *t, double lr, double scale, lsa_err *err) 
     const int64_t n = t->sharded ? lsa_reduce_slices(t->reduce, &slice) : 1;
     t->updates++;
     for (int64_t i = 0; i < n; i++)
-        for (int32_t l = 0; l < t->g.n_layer; l++)
-            for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
-                const lsa_indexer_tensor x = lsa_indexer_tensor_at(&t->g, l, (lsa_indexer_part)p);
-                const int64_t begin = lsa_max_i64(slice[i].begin, x.offset),
-                              end = lsa_min_i64(slice[i].end, x.offset + x.n);
-                if (begin < end)
-                    LSA_TRY(update_range(t, (lsa_indexer_part)p, begin, end,
-                                         slice[i].at + begin - slice[i].begin, lr, scale, err));
-            }
+        for (int64_t k = 0; k < lsa_indexer_n_tensor(&t->g); k++) {
+            const lsa_indexer_tensor x = lsa_indexer_tensor_no(&t->g, k);
+            const int64_t begin = lsa_max_i64(slice[i].begin, x.offset),
+                          end = lsa_min_i64(slice[i].end, x.offset + x.n);
+            if (begin >= end) continue;
+            LSA_TRY(update_range(t, k, begin, end, slice[i].at + begin - slice[i].begin, lr, scale, err));
+            if (begin >= lsa_indexer_costs_at(&t->g)) LSA_TRY(project_costs(t, begin, end, err));
+        }
     if (t->sharded) LSA_TRY(lsa_reduce_share(t->reduce, t->p, err));
 done:
     return st;
@@ -420,12 +472,18 @@ lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batc
     if (t->comm) lsa_comm_tick(t->comm, "training");
     if (t->r->ensemble == LSA_ON_SUM) {
         for (int32_t l = 0; l < L; l++) LSA_TRY(score(t, b, l, l > 0, err));
-        LSA_TRY(loss(t, b, &n, 1.0, err));
+        if (t->g.reach) {
+            LSA_TRY(continue_scores(t, b, err));
+            LSA_TRY(loss(t, b, &n, 1.0, t->zc, t->zc, err));
+            LSA_TRY(continue_backward(t, b, err));
+        } else {
+            LSA_TRY(loss(t, b, &n, 1.0, t->z, t->dz, err));
+        }
         for (int32_t l = 0; l < L; l++) LSA_TRY(backward(t, b, l, err));
     } else {
         for (int32_t l = 0; l < L; l++) {
             LSA_TRY(score(t, b, l, false, err));
-            LSA_TRY(loss(t, b, &n, 1.0 / L, err));
+            LSA_TRY(loss(t, b, &n, 1.0 / L, t->z, t->dz, err));
             LSA_TRY(backward(t, b, l, err));
         }
     }

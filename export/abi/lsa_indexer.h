@@ -119,7 +119,9 @@ enum {
 };
 /* Evictable: all visible chunks but the first `sink` and the newest `tail`, which are always kept. The score
  * of a chunk is the sum of the layers' logits, or the mean or maximum over layers of sigmoid(logit /
- * temperature + offset) with the export's calibration (1 and 0 without). */
+ * temperature + offset) with the export's calibration (1 and 0 without). An export whose training learned a
+ * continuation is ranked by max over j of sum(c - j) - b_j, which select forms from all visible chunks, sink
+ * and tail included; it knows no mean or maximum (LSA_IDX_E_CONFIG). */
 typedef struct lsa_idx_rule {
     int32_t mode;     /* LSA_IDX_THRESHOLD ... */
     int32_t ensemble; /* LSA_IDX_SUM, MEAN, MAX, or EXPORTED: the export's own */

@@ -17,6 +17,9 @@ lsa_status lsa_idx_export_read(lsa_idx_export *e, const lsa_indexer_file *f, con
     e->ensemble = f->ensemble;
     e->tail = f->tail;
     for (int32_t l = 0; l < LSA_MAX_CSA; l++) e->temperature[l] = 1.0f;
+    e->reach = f->geom.reach;
+    if (e->reach)
+        memcpy(e->cost, f->params + lsa_indexer_costs_at(&f->geom), (size_t)e->reach * sizeof *e->cost);
     if (!f->calibration) goto done;
     LSA_TRY(LSA_NEW(c, 1, err));
     LSA_TRY(lsa_calibration_from_json(c, f->calibration, f->geom.ord, f->geom.n_layer, where, err));
@@ -77,6 +80,13 @@ lsa_status lsa_idx_resolve(lsa_select_rule *r, const lsa_idx_export *e, const ls
     r->mode = mode[rule->mode];
     r->score = (lsa_score_rule)(rule->ensemble == LSA_IDX_EXPORTED ? (int)e->ensemble : rule->ensemble);
     r->n_layer = e->n_layer;
+    if (e->reach && r->score != LSA_SCORE_SUM)
+        LSA_FAIL(LSA_E_CONFIG,
+                 "rule: this export's score is the sum of the logits with a continuation, which ensemble %s "
+                 "would leave out; use the sum, or LSA_IDX_EXPORTED",
+                 lsa_ensemble_name((lsa_ensemble)r->score));
+    r->reach = e->reach;
+    memcpy(r->cost, e->cost, sizeof r->cost);
     if (rule->mode == LSA_IDX_TOPK || rule->mode == LSA_IDX_PAGES) r->k = rule->k;
     if (rule->mode == LSA_IDX_THRESHOLD || rule->mode == LSA_IDX_CALIBRATED) r->cap = rule->cap;
     if (rule->mode == LSA_IDX_BUDGET) r->budget = rule->budget;

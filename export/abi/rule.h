@@ -19,6 +19,8 @@ typedef struct lsa_idx_export {
     float temperature[LSA_MAX_CSA], offset[LSA_MAX_CSA]; /* 1 and 0 unless calibrated */
     int32_t n_knot;
     int64_t knot[LSA_SELECT_KNOTS];
+    int32_t reach; /* of the continuation */
+    float cost[LSA_MAX_REACH];
     float threshold[LSA_CALIB_SCORES][LSA_CALIB_BUDGETS]
                    [LSA_SELECT_KNOTS]; /* at lsa_calib_target's budgets */
 } lsa_idx_export;

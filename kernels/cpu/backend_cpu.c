@@ -11,6 +11,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/score.h"
 #include "kernels/host_memory.h"
+#include "kernels/continuation.h"
 #include "kernels/ref/rows.h"
 
 enum { ROWS_PER_BLOCK = 32, BLOCK = 65536 };
@@ -74,6 +75,50 @@ static lsa_status indexer_score_fwd(lsa_ctx *c, const lsa_indexer_score_fwd_args
 static lsa_status indexer_score_bwd(lsa_ctx *c, const lsa_indexer_score_bwd_args *a, lsa_err *err) {
     (void)c;
     return lsa_cpu_score_bwd(a, err);
+}
+
+static lsa_status continuation_fwd(lsa_ctx *c, const lsa_continuation_fwd_args *a, lsa_err *err) {
+    (void)c, (void)err;
+#pragma omp parallel for schedule(dynamic, 4) if (a->m > 1)
+    for (int64_t i = 0; i < a->m; i++) {
+        const int64_t n = lsa_min_i64(a->n_cand[i], a->n), rest = a->n - n;
+        float *out = a->out + i * a->n;
+        uint8_t *from = a->from + i * a->n;
+        lsa_continue(out, from, a->z + i * a->n, n, a->cost, a->reach);
+        if (rest > 0) memset(out + n, 0, (size_t)rest * sizeof *out);
+        if (rest > 0) memset(from + n, 0, (size_t)rest);
+    }
+    return LSA_OK;
+}
+
+/* dz of one row; minus dcost of the row into sum [reach + 1] (entry 0: what stayed in place). */
+static void continuation_row(const lsa_continuation_bwd_args *a, int64_t i, double *sum) {
+    const uint8_t *from = a->from + i * a->n;
+    const float *dout = a->dout + i * a->n;
+    float *dz = a->dz + i * a->n;
+    if (a->n > 0) memset(dz, 0, (size_t)a->n * sizeof *dz);
+    for (int64_t c = 0; c < a->n_cand[i] && c < a->n; c++) {
+        dz[c - from[c]] += dout[c];
+        sum[from[c]] += (double)dout[c];
+    }
+}
+
+static lsa_status continuation_bwd(lsa_ctx *c, const lsa_continuation_bwd_args *a, lsa_err *err) {
+    (void)c;
+    lsa_status st = LSA_OK;
+    const int64_t ld = a->reach + 1;
+    double *sum = NULL;
+    LSA_TRY(LSA_NEW(sum, a->m * ld, err));
+#pragma omp parallel for schedule(dynamic, 4) if (a->m > 1)
+    for (int64_t i = 0; i < a->m; i++) continuation_row(a, i, sum + i * ld);
+    for (int32_t j = 1; j <= a->reach; j++) {
+        double s = 0;
+        for (int64_t i = 0; i < a->m; i++) s += sum[i * ld + j];
+        a->dcost[j - 1] = (float)-s;
+    }
+done:
+    lsa_free(sum);
+    return st;
 }
 
 static lsa_status sumsq(lsa_ctx *c, const lsa_sumsq_args *a, lsa_err *err) {

@@ -24,6 +24,7 @@ lsa_status lsa_indexer_geom_check(const lsa_indexer_geom *g, lsa_err *err) {
     LSA_TRY(in_range("rank", g->rank, 1, 1 << 16, err));
     LSA_TRY(in_range("layers", g->n_layer, 1, LSA_MAX_CSA, err));
     LSA_TRY(in_range("rotary dimension", g->rope.dim, 0, 128, err));
+    LSA_TRY(in_range("reach of the continuation", g->reach, 0, LSA_MAX_REACH, err));
     if (g->rope.dim % 2 || !(g->rope.base > 1) || !(g->rope.factor >= 1) || g->rope.original_len < 1 ||
         !(g->rope.beta_fast > 0) || !(g->rope.beta_slow > 0) || !(g->eps > 0))
         LSA_FAIL(LSA_E_CONFIG, "indexer: RoPE constants or eps out of range");
@@ -41,15 +42,51 @@ lsa_indexer_tensor lsa_indexer_tensor_at(const lsa_indexer_geom *g, int32_t laye
     const int64_t shape[][2] = {{r, d}, {q, r}, {r, 1}, {H, d}};
     lsa_indexer_tensor t = {.n_dim = part == LSA_Q_NORM ? 1 : 2, .shape = {shape[part][0], shape[part][1]}};
     snprintf(t.name, sizeof t.name, "retrievers.l%d.%s", g->ord[layer].v, name[part]);
-    t.offset = layer * (r * d + q * r + r + H * d);
+    t.offset = layer * lsa_indexer_layer_params(g);
     for (int p = 0; p < (int)part; p++) t.offset += shape[p][0] * shape[p][1];
     t.n = shape[part][0] * shape[part][1];
     return t;
 }
 
+int64_t lsa_indexer_layer_params(const lsa_indexer_geom *g) {
+    const int64_t d = g->hidden, H = g->n_head, r = g->rank;
+    return r * d + H * g->head_dim * r + r + H * d;
+}
+int64_t lsa_indexer_costs_at(const lsa_indexer_geom *g) {
+    return g->n_layer * lsa_indexer_layer_params(g);
+}
 int64_t lsa_indexer_n_param(const lsa_indexer_geom *g) {
-    const lsa_indexer_tensor t = lsa_indexer_tensor_at(g, g->n_layer - 1, LSA_W_PROJ);
-    return t.offset + t.n;
+    return lsa_indexer_costs_at(g) + g->reach;
+}
+
+int64_t lsa_indexer_n_tensor(const lsa_indexer_geom *g) {
+    return (int64_t)g->n_layer * LSA_INDEXER_PARTS + (g->reach > 0);
+}
+lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i) {
+    if (i < (int64_t)g->n_layer * LSA_INDEXER_PARTS)
+        return lsa_indexer_tensor_at(g, (int32_t)(i / LSA_INDEXER_PARTS),
+                                     (lsa_indexer_part)(i % LSA_INDEXER_PARTS));
+    return (lsa_indexer_tensor){.name = "continuation",
+                                .n_dim = 1,
+                                .shape = {g->reach, 1},
+                                .offset = lsa_indexer_costs_at(g),
+                                .n = g->reach};
+}
+
+void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g) {
+    for (int32_t j = 0; j < g->reach; j++) params[lsa_indexer_costs_at(g) + j] = LSA_COST_START;
+}
+
+lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char *where, lsa_err *err) {
+    if (reach < 0 || reach > LSA_MAX_REACH)
+        LSA_RET_FAIL(LSA_E_FORMAT, "%s: the continuation must reach 0 to %d chunks, found %lld", where,
+                     LSA_MAX_REACH, (long long)reach);
+    for (int64_t j = 0; j < reach; j++)
+        if (!(cost[j] >= 0) || !isfinite(cost[j]))
+            LSA_RET_FAIL(LSA_E_FORMAT,
+                         "%s: continuation: b_%lld is %g; expected a finite number of at least 0", where,
+                         (long long)j + 1, (double)cost[j]);
+    return LSA_OK;
 }
 
 /* Uniform in +-1/sqrt(fan_in): element i of tensor (layer ordinal, part) of a seed. */
@@ -68,6 +105,7 @@ void lsa_indexer_init_random(float *params, const lsa_indexer_geom *g, uint64_t 
             else
                 fill_uniform(params + t.offset, t.n, t.shape[1], seed, g->ord[l].v, p);
         }
+    lsa_indexer_start_costs(params, g);
 }
 
 /* NUMERIC: with the new Wa rows zero the mean square spans r instead of r0 values, so rms shrinks by
@@ -81,7 +119,16 @@ lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dg, const float
             LSA_E_CONFIG,
             "cannot widen an indexer of hidden %d, %d heads, rank %d to hidden %d, %d heads, rank %d: only heads and rank may grow",
             sg->hidden, sg->n_head, sg->rank, dg->hidden, dg->n_head, dg->rank);
+    if (dg->reach < sg->reach)
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "the initial checkpoint has a continuation over %d chunks, this run one over %d, which would be "
+            "another score; set model.continuation: %d",
+            sg->reach, dg->reach, sg->reach);
     lsa_indexer_init_random(dst, dg, seed);
+    if (sg->reach)
+        memcpy(dst + lsa_indexer_costs_at(dg), src + lsa_indexer_costs_at(sg),
+               (size_t)sg->reach * sizeof *dst);
     const int64_t d = dg->hidden, r0 = sg->rank, r = dg->rank, q0 = (int64_t)sg->n_head * 128;
     const float grow = sqrtf((float)r / (float)r0), head = sqrtf((float)dg->n_head / (float)sg->n_head);
     for (int32_t l = 0; l < dg->n_layer; l++) {

@@ -2,8 +2,9 @@
  *
  * One layer, hidden x (bf16 values in f32), position pos (notes 5.1): a = Wa x; u = g*a/rms(a); q = Wb u as
  * [H,128]; RoPE on the last rope channels; Hadamard/sqrt(128); w = Ww x * c with c = 128^-1/2 * H^-1/2; logit
- * z_s = sum_h w_h max(0, k_s . q_h). All layers live in one flat f32 buffer; the table says where. Readers of
- * the table: trainer, checkpoint, export, infer. Pure functions, thread-safe. */
+ * z_s = sum_h w_h max(0, k_s . q_h). All layers live in one flat f32 buffer, then the costs of the
+ * continuation (continuation.h), which belong to the sum of the layers' logits; the table says where. Readers
+ * of the table: trainer, checkpoint, export, infer. Pure functions, thread-safe. */
 #ifndef LSA_KERNELS_MODEL_INDEXER_H
 #define LSA_KERNELS_MODEL_INDEXER_H
 
@@ -25,6 +26,7 @@ typedef struct lsa_indexer_geom {
     int32_t n_layer; /* joint layers */
     lsa_csa_ord ord[LSA_MAX_CSA];
     lsa_layer_id id[LSA_MAX_CSA];
+    int32_t reach; /* of the continuation on the sum of the logits, 0: none */
 } lsa_indexer_geom;
 
 /* LSA_E_CONFIG names the field that is out of range. */
@@ -47,15 +49,34 @@ typedef struct lsa_indexer_tensor {
 } lsa_indexer_tensor;
 
 lsa_indexer_tensor lsa_indexer_tensor_at(const lsa_indexer_geom *g, int32_t layer, lsa_indexer_part part);
-int64_t lsa_indexer_n_param(const lsa_indexer_geom *g); /* all layers */
+int64_t lsa_indexer_n_param(const lsa_indexer_geom *g);      /* everything */
+int64_t lsa_indexer_layer_params(const lsa_indexer_geom *g); /* one layer's */
 
-/* params (host, [n_param]): matrices uniform in +-1/sqrt(fan_in) from Philox(seed, tensor), q_norm 1. */
+/* Where the costs b_1 .. b_reach lie: [reach], after all layers; tensor "continuation" of a checkpoint. */
+int64_t lsa_indexer_costs_at(const lsa_indexer_geom *g);
+/* All tensors in flat order, i < lsa_indexer_n_tensor(g): the layers' parts, then the costs if reach > 0. */
+int64_t lsa_indexer_n_tensor(const lsa_indexer_geom *g);
+lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i);
+
+/* What costs start at: about the step between a score that matters and its neighbours', so that lending
+ * neither hides what a layer has to learn (0: every chunk begins as the best of its last 17) nor waits until
+ * scores have grown past it. */
+#define LSA_COST_START 1.0f
+void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g);
+/* LSA_E_FORMAT unless reach is in [0, LSA_MAX_REACH] and every cost finite and >= 0; `where` begins the
+ * message. */
+LSA_NODISCARD lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char *where,
+                                                 lsa_err *err);
+
+/* params (host, [n_param]): matrices uniform in +-1/sqrt(fan_in) from Philox(seed, tensor), q_norm 1, costs
+ * at their start. */
 void lsa_indexer_init_random(float *params, const lsa_indexer_geom *g, uint64_t seed);
 
 /* Function-preserving widening (notes 6): copies `src` (same layers, hidden, head_dim; rank and heads not
  * larger) into dst: new Wa rows 0; old g divided by sqrt(r/r0); new g 1; Wb columns for new ranks random,
  * rows of new heads random; new Ww rows 0; old Ww rows times sqrt(H/H0). The wider indexer computes the same
- * logits. LSA_E_CONFIG if narrower. */
+ * logits. Costs are copied, those of a longer reach begin at their start. LSA_E_CONFIG if narrower: dropping
+ * costs would be another score. */
 LSA_NODISCARD lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dst_g, const float *src,
                                            const lsa_indexer_geom *src_g, uint64_t seed, lsa_err *err);
 

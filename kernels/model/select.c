@@ -12,6 +12,7 @@
 #include "kernels/core/dtype.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "kernels/continuation.h"
 #include "kernels/model/sigmoid.h"
 
 enum { PAGE_BITS = 25 }; /* chunks have 31 bits */
@@ -65,7 +66,8 @@ lsa_status lsa_select_check(const lsa_select_rule *r, lsa_err *err) {
              {"cap", r->cap, 0, INT64_MAX},
              {"sink", r->sink, 0, INT64_MAX},
              {"tail", r->tail, 0, INT64_MAX},
-             {"knots", r->n_knot, 0, LSA_SELECT_KNOTS}};
+             {"knots", r->n_knot, 0, LSA_SELECT_KNOTS},
+             {"reach of the continuation", r->reach, 0, LSA_MAX_REACH}};
     for (size_t i = 0; i < sizeof f / sizeof *f; i++)
         if (f[i].v < f[i].lo || f[i].v > f[i].hi)
             LSA_RET_FAIL(LSA_E_ARG, "select: %s must be in [%lld, %lld], found %lld", f[i].name,
@@ -80,6 +82,12 @@ lsa_status lsa_select_check(const lsa_select_rule *r, lsa_err *err) {
         if (!isfinite(r->knot_threshold[i]))
             LSA_RET_FAIL(LSA_E_ARG, "select: knot %d: the threshold is not finite", i);
     }
+    if (r->reach && r->score != LSA_SCORE_SUM)
+        LSA_RET_FAIL(LSA_E_ARG, "select: a continuation belongs to the sum of the logits");
+    for (int32_t j = 0; j < r->reach; j++)
+        if (!(r->cost[j] >= 0) || !isfinite(r->cost[j]))
+            LSA_RET_FAIL(LSA_E_ARG, "select: cost %d of the continuation must be finite and at least 0",
+                         j + 1);
     for (int32_t l = 0; r->score != LSA_SCORE_SUM && l < r->n_layer; l++)
         if (!(r->temperature[l] > 0) || !isfinite(r->temperature[l]) || !isfinite(r->offset[l]))
             LSA_RET_FAIL(LSA_E_ARG, "select: layer %d: temperature must be positive, offset finite", l);
@@ -194,6 +202,7 @@ lsa_status lsa_select(int32_t *out, int64_t *n_out, float *score, const lsa_sele
         score = own;
     }
     scores(score, r, logit, stride, n);
+    if (r->reach) lsa_continue(score, NULL, score, n, r->cost, r->reach);
     const span e = evictable(r, n);
     const bool pages = r->mode == LSA_SELECT_PAGES;
     const items it = {score, pages, pages ? 0 : e.begin, pages ? count_pages(n) : e.end,

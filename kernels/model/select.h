@@ -5,9 +5,10 @@
  * meet); the others are evictable. Source: notes of FlashMemory 11.2, 16.9.
  *
  * Score of a chunk, f32, layers added in their order: SUM is the sum of the layers' logits z (not
- * calibrated); MEAN the mean over layers of lsa_sigmoid(z / temperature + offset), the sum divided once; MAX
- * the maximum of the same. A NaN in any layer makes the score NaN, and NaN scores are never kept; -0 equals
- * 0.
+ * calibrated), then continued over `reach` chunks if that is not 0 (continuation.h; all visible chunks lend,
+ * forced ones too); MEAN the mean over layers of lsa_sigmoid(z / temperature + offset), the sum divided once;
+ * MAX the maximum of the same. A NaN in any layer makes the score NaN, and NaN scores are never kept; -0
+ * equals 0.
  *
  * THRESHOLD keeps evictable chunks with score > t; with `cap` > 0 of those at most the cap highest. TOPK
  * keeps the k highest evictable chunks. BUDGET: TOPK with k = ceil(budget x evictable). Ties go to the lower
@@ -48,6 +49,8 @@ typedef struct lsa_select_rule { /* plain data: passed by value to kernels */
     int64_t knot_length[LSA_SELECT_KNOTS];
     float knot_threshold[LSA_SELECT_KNOTS];
     float temperature[LSA_MAX_CSA], offset[LSA_MAX_CSA]; /* MEAN, MAX: > 0, finite */
+    int32_t reach;                                       /* SUM only, else 0 */
+    float cost[LSA_MAX_REACH];                           /* >= 0, finite */
 } lsa_select_rule;
 
 /* LSA_E_ARG names the field that is out of range. */

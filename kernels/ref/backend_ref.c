@@ -84,9 +84,23 @@ static lsa_status indexer_score_bwd(lsa_ctx *c, const lsa_indexer_score_bwd_args
     }
 ROWS(rmsnorm_fwd, lsa_row_rmsnorm_fwd)
 ROWS(rope_hadamard, lsa_row_rope_hadamard)
+ROWS(continuation_fwd, lsa_row_continuation_fwd)
 ROWS(loss_pointwise, lsa_row_loss_pointwise)
 ROWS(loss_pairwise, lsa_row_loss_pairwise)
 ROWS(loss_kl, lsa_row_loss_kl)
+
+static lsa_status continuation_bwd(lsa_ctx *c, const lsa_continuation_bwd_args *a, lsa_err *err) {
+    (void)c, (void)err;
+    for (int32_t j = 1; j <= a->reach; j++) {
+        double s = 0;
+        for (int64_t i = 0; i < a->m; i++)
+            for (int64_t k = 0; k < a->n_cand[i] && k < a->n; k++)
+                if (a->from[i * a->n + k] == j) s += (double)a->dout[i * a->n + k];
+        a->dcost[j - 1] = (float)-s;
+    }
+    for (int64_t i = 0; i < a->m; i++) lsa_row_continuation_dz(a, i);
+    return LSA_OK;
+}
 
 static lsa_status rmsnorm_bwd(lsa_ctx *c, const lsa_rmsnorm_bwd_args *a, lsa_err *err) {
     (void)c, (void)err;

@@ -65,6 +65,33 @@ void lsa_row_rope_hadamard(const lsa_rope_hadamard_args *a, int64_t i) {
     }
 }
 
+void lsa_row_continuation_fwd(const lsa_continuation_fwd_args *a, int64_t i) {
+    const float *z = a->z + i * a->n;
+    for (int64_t c = 0; c < a->n; c++) {
+        float best = c < a->n_cand[i] ? z[c] : 0.0f;
+        int32_t from = 0;
+        for (int32_t j = 1; j <= a->reach && j <= c && c < a->n_cand[i]; j++) {
+            const float v = z[c - j] - a->cost[j - 1];
+            if (!(v > best)) continue;
+            best = v;
+            from = j;
+        }
+        a->out[i * a->n + c] = best;
+        a->from[i * a->n + c] = (uint8_t)from;
+    }
+}
+
+void lsa_row_continuation_dz(const lsa_continuation_bwd_args *a, int64_t i) {
+    const uint8_t *from = a->from + i * a->n;
+    const float *dout = a->dout + i * a->n;
+    for (int64_t k = 0; k < a->n; k++) {
+        double s = 0;
+        for (int32_t j = 0; j <= a->reach && k + j < a->n_cand[i]; j++)
+            if (from[k + j] == j) s += (double)dout[k + j];
+        a->dz[i * a->n + k] = (float)s;
+    }
+}
+
 static double softplus(double x) { /* ln(1 + e^x) */
     return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x));
 }

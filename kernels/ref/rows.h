@@ -10,6 +10,8 @@ void lsa_row_rmsnorm_fwd(const lsa_rmsnorm_fwd_args *a, int64_t i);
 void lsa_row_rmsnorm_dx(const lsa_rmsnorm_bwd_args *a, int64_t i);
 void lsa_col_rmsnorm_dg(const lsa_rmsnorm_bwd_args *a, int64_t j);
 void lsa_row_rope_hadamard(const lsa_rope_hadamard_args *a, int64_t i);
+void lsa_row_continuation_fwd(const lsa_continuation_fwd_args *a, int64_t i);
+void lsa_row_continuation_dz(const lsa_continuation_bwd_args *a, int64_t i);
 void lsa_row_loss_pointwise(const lsa_loss_pointwise_args *a, int64_t i);
 void lsa_row_loss_pairwise(const lsa_loss_pairwise_args *a, int64_t i);
 void lsa_row_loss_kl(const lsa_loss_kl_args *a, int64_t i);

@@ -177,9 +177,13 @@ static void check_select(lsa_gpu_retriever *x, const rig *k, const float *dev_z,
     CU(cudaMalloc((void **)&out, (size_t)(M * k->ld) * 4));
     CU(cudaMalloc((void **)&n_out, sizeof(int32_t) * M));
     int32_t *const got = LSA_GEN_NEW(int32_t, M * k->ld), *const expect = LSA_GEN_NEW(int32_t, k->ld + 1);
-    for (int variant = 0; variant < 3 * 6; variant++) {
-        lsa_select_rule r = rule_of(variant / 3 % 4, variant % 3, n[1]);
+    for (int variant = 0; variant < 3 * 6 + 4; variant++) {
+        const bool continued = variant >= 3 * 6; /* each mode on the continued sum */
+        lsa_select_rule r = continued ? rule_of(variant - 3 * 6, LSA_SCORE_SUM, n[1])
+                                      : rule_of(variant / 3 % 4, variant % 3, n[1]);
         int64_t ld_out = k->ld;
+        if (continued) r.reach = 16;
+        for (int j = 0; j < r.reach; j++) r.cost[j] = 0.002f * (float)j;
         if (variant / 3 == 4) r.mode = LSA_SELECT_THRESHOLD, r.cap = 40;
         if (variant / 3 == 5) { /* threshold by length, and no room for everything */
             r.mode = LSA_SELECT_THRESHOLD;

@@ -20,13 +20,16 @@
 
 static char g_dir[64];
 
-static lsa_indexer_file make_file(void) {
+#define COST(j) (0.004 * (double)(j)) /* of the continuation, about the spread of the sums */
+
+static lsa_indexer_file make_file(int32_t reach) {
     lsa_indexer_file f = {.geom = {.hidden = HAND_HIDDEN,
                                    .n_head = 16,
                                    .head_dim = 128,
                                    .rank = 4,
                                    .eps = 1e-6f,
-                                   .n_layer = HAND_LAYERS},
+                                   .n_layer = HAND_LAYERS,
+                                   .reach = reach},
                           .tau = 64,
                           .tail = 64};
     f.geom.rope = (lsa_rope){
@@ -34,6 +37,7 @@ static lsa_indexer_file make_file(void) {
     for (int32_t l = 0; l < HAND_LAYERS; l++) f.geom.ord[l].v = l, f.geom.id[l].v = 2 * l + 1;
     assert_int_equal(LSA_NEW(f.params, lsa_indexer_n_param(&f.geom), NULL), LSA_OK);
     lsa_indexer_init_random(f.params, &f.geom, 5);
+    for (int32_t j = 1; j <= reach; j++) f.params[lsa_indexer_costs_at(&f.geom) + j - 1] = (float)COST(j);
     f.train = json_pack("{s:i}", "step", 1);
     return f;
 }
@@ -71,13 +75,18 @@ typedef struct slow {
 } slow;
 
 static double slow_score(const lsa_select_rule *r, const lsa_seen *w, int64_t c) {
-    double sum = 0, mean = 0, max = 0;
+    double mean = 0, max = 0, best = -1e9;
+    for (int64_t j = 0; j <= r->reach && j <= c; j++) {
+        double z = 0;
+        for (int l = 0; l < HAND_LAYERS; l++) z += (double)w->z[l * w->stride + c - j];
+        best = fmax(best, z - (j ? COST(j) : 0));
+    }
     for (int l = 0; l < HAND_LAYERS; l++) {
         const double z = (double)w->z[l * w->stride + c],
                      p = 1 / (1 + exp(-(z / (double)r->temperature[l] + (double)r->offset[l])));
-        sum += z, mean += p / HAND_LAYERS, max = fmax(max, p);
+        mean += p / HAND_LAYERS, max = fmax(max, p);
     }
-    return r->score == LSA_SCORE_SUM ? sum : r->score == LSA_SCORE_MEAN ? mean : max;
+    return r->score == LSA_SCORE_SUM ? best : r->score == LSA_SCORE_MEAN ? mean : max;
 }
 
 static lsa_status nothing(void *arg, void *row, const lsa_seen *w) {
@@ -110,9 +119,8 @@ static void near_to(const char *what, double a, double b) {
     if (!(fabs(a - b) <= 1e-9 + 1e-6 * fabs(b))) fail_msg("%s: %.9g, counted %.9g", what, a, b);
 }
 
-static void test_against_slow_count(void **state) {
-    (void)state;
-    lsa_indexer_file f = make_file();
+static double against_slow_count(int32_t reach) {
+    lsa_indexer_file f = make_file(reach);
     lsa_measure *m = open_all(&f);
     const int64_t knot[] = {50, 150};
     lsa_calib_point p[RULES * 2];
@@ -128,6 +136,8 @@ static void test_against_slow_count(void **state) {
             r->temperature[l] = 0.5f + (float)l, r->offset[l] = 0.3f * (float)l - 0.2f;
         r->knot_threshold[0] = i == LSA_SCORE_SUM ? 0.01f : 0.48f;
         r->knot_threshold[1] = i == LSA_SCORE_SUM ? -0.02f : 0.53f;
+        lsa_measure_continue(r, m);
+        assert_int_equal(r->reach, i == LSA_SCORE_SUM ? reach : 0);
     }
     assert_int_equal(lsa_measure_rules(p, documents, windows, m, s.rule, RULES, knot, 2, NULL), LSA_OK);
     assert_int_equal(lsa_measure_walk(m, &(lsa_look){"count", 1, &s, NULL, nothing, slow_window}, NULL),
@@ -147,11 +157,37 @@ static void test_against_slow_count(void **state) {
     }
     lsa_measure_close(m);
     lsa_indexer_file_fini(&f);
+    return p[LSA_SCORE_SUM * 2 + 1].kept;
+}
+
+static void test_counts(void **state) {
+    (void)state;
+    assert_true(against_slow_count(0) < against_slow_count(4)); /* a continuation lifts scores */
+}
+
+/* The thresholds of the continued sum hold their budgets; the reference server's rule has no continuation. */
+static void test_continued(void **state) {
+    (void)state;
+    lsa_indexer_file f = make_file(4);
+    lsa_measure *m = open_all(&f);
+    lsa_calibration *c = calibrated(m, &f);
+    lsa_err err = {0};
+    for (int t = 0; t < LSA_CALIB_BUDGETS; t++)
+        for (int32_t k = 0; k < c->n_knot; k++) {
+            const lsa_calib_entry *e = &c->entry[LSA_SCORE_SUM][t];
+            if (c->knot_windows[k] && !(fabs(e->at[k].kept / e->target - 1) < 0.15))
+                fail_msg("budget %g, knot %d: %g", e->target, k, e->at[k].kept);
+        }
+    assert_int_equal(lsa_calibrate_fold(c, m, &f, 0.1, 0, &err), LSA_E_UNSUPPORTED);
+    assert_non_null(strstr(err.msg, "continuation"));
+    lsa_free(c);
+    lsa_measure_close(m);
+    lsa_indexer_file_fini(&f);
 }
 
 static void test_threads(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file();
+    lsa_indexer_file f = make_file(0);
     char *text[2];
     for (int i = 0; i < 2; i++) {
         omp_set_num_threads(i ? 4 : 1);
@@ -195,7 +231,7 @@ static void compare_rules(void *arg, const void *row, const lsa_seen *w) {
 
 static void test_fold(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file();
+    lsa_indexer_file f = make_file(0);
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = calibrated(m, &f);
     lsa_err err = {0};
@@ -242,7 +278,7 @@ static void refuse(const json_t *good, const lsa_csa_ord *ord, const char *text)
 
 static void test_json(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file();
+    lsa_indexer_file f = make_file(0);
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = calibrated(m, &f), *back = NULL;
     json_t *o = NULL;
@@ -299,7 +335,7 @@ static void test_json(void **state) {
 
 static void test_not_finite(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file();
+    lsa_indexer_file f = make_file(0);
     f.params[lsa_indexer_tensor_at(&f.geom, 1, LSA_W_PROJ).offset] = NAN;
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = NULL;
@@ -312,9 +348,9 @@ static void test_not_finite(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_against_slow_count),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_counts),  cmocka_unit_test(test_continued),
                                        cmocka_unit_test(test_threads), cmocka_unit_test(test_fold),
-                                       cmocka_unit_test(test_json), cmocka_unit_test(test_not_finite)};
+                                       cmocka_unit_test(test_json),    cmocka_unit_test(test_not_finite)};
     lsa_log_set_level(LSA_LOG_QUIET);
     snprintf(g_dir, sizeof g_dir, "/tmp/lsa-calibrate-XXXXXX");
     if (!mkdtemp(g_dir)) return 1;

@@ -112,6 +112,41 @@ static void test_names(void **s) {
     unmake(&f);
 }
 
+/* The costs of a continuation are one more tensor, with its moments; a cost that cannot be is refused. */
+static void test_continuation(void **s) {
+    (void)s;
+    fixture f = make("continuation");
+    lsa_ckpt c;
+    lsa_st *st = NULL;
+    const lsa_st_tensor *t;
+    lsa_err err = {0};
+    char path[LSA_PATH_MAX];
+    lsa_free(f.p), lsa_free(f.m), lsa_free(f.v);
+    const int64_t costs = f.n;
+    f.g.reach = 16;
+    f.n = lsa_indexer_n_param(&f.g);
+    assert_int_equal(f.n, costs + 16);
+    f.p = numbers(f.n, 1), f.m = numbers(f.n, 2), f.v = numbers(f.n, 3);
+    for (int64_t j = 0; j < 16; j++) f.p[costs + j] = 0.25f * (float)j;
+    save(&f, 12, false, 0);
+    assert_int_equal(lsa_ckpt_load(&c, f.run, true, &err), LSA_OK);
+    assert_int_equal(c.geom.reach, 16);
+    assert_memory_equal(c.params, f.p, (size_t)f.n * sizeof(float));
+    assert_memory_equal(c.m, f.m, (size_t)f.n * sizeof(float));
+    assert_memory_equal(c.v, f.v, (size_t)f.n * sizeof(float));
+    assert_int_equal(lsa_path(path, NULL, "%s/model.safetensors", c.dir), LSA_OK);
+    assert_int_equal(lsa_st_open(&st, path, NULL), LSA_OK);
+    assert_int_equal(lsa_st_count(st), 9);
+    assert_int_equal(lsa_st_need(&t, st, "continuation", LSA_F32, 1, (int64_t[]){16}, NULL), LSA_OK);
+    lsa_st_close(st);
+    lsa_ckpt_fini(&c);
+    f.p[costs + 3] = -1e-3f;
+    save(&f, 13, false, 0);
+    assert_int_equal(lsa_ckpt_load(&c, f.run, false, &err), LSA_E_FORMAT);
+    assert_non_null(strstr(err.msg, "b_4"));
+    unmake(&f);
+}
+
 static void test_equal_bytes(void **s) {
     (void)s;
     fixture a = make("one"), b = make("two");
@@ -299,6 +334,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_names),
+        cmocka_unit_test(test_continuation),
         cmocka_unit_test(test_equal_bytes),
         cmocka_unit_test(test_pointers_and_keep),
         cmocka_unit_test(test_milestones_and_older),

@@ -16,7 +16,8 @@
 #include "tests/testkit/hand_shards.h"
 #include "trainer/eval.h"
 
-enum { ROWS = HAND_LAYERS + 3 };
+enum { ROWS = HAND_LAYERS + 4 };      /* without a continuation one row less */
+#define COST(j) (0.004f * (float)(j)) /* of the continuation, about the spread of the sums */
 static char g_dir[64];
 
 typedef struct slow {
@@ -79,9 +80,16 @@ static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const l
             count_window(&row[l], p, zl, doc, b.start[i], n, r);
         }
         for (int64_t c = 0; c < n; c++) psum[c] = sigmoid(sum[c]);
-        count_window(&row[HAND_LAYERS], mean, mean, doc, b.start[i], n, r);
-        count_window(&row[HAND_LAYERS + 1], max, max, doc, b.start[i], n, r);
-        count_window(&row[HAND_LAYERS + 2], psum, sum, doc, b.start[i], n, r);
+        slow *const joint = row + HAND_LAYERS + (g->reach > 0);
+        count_window(&joint[0], mean, mean, doc, b.start[i], n, r);
+        count_window(&joint[1], max, max, doc, b.start[i], n, r);
+        if (g->reach) count_window(&row[HAND_LAYERS], psum, sum, doc, b.start[i], n, r);
+        for (int64_t c = n - 1; g->reach && c >= 0;
+             c--) { /* from the end: the chunks before are still plain */
+            for (int64_t j = 1; j <= g->reach && j <= c; j++) sum[c] = fmaxf(sum[c], sum[c - j] - COST(j));
+            psum[c] = sigmoid(sum[c]);
+        }
+        count_window(&joint[2], psum, sum, doc, b.start[i], n, r);
     }
     lsa_free(z);
     lsa_batch_fini(&b);
@@ -91,8 +99,8 @@ static void near_to(const char *what, double a, double b) {
     if (!(fabs(a - b) <= 1e-9 + 1e-6 * fabs(b))) fail_msg("%s: %.9g, counted %.9g", what, a, b);
 }
 
-static void test_against_slow_count(void **state) {
-    (void)state;
+static void against_slow_count(int32_t reach) {
+    const int rows = HAND_LAYERS + 3 + (reach > 0);
     const char *set[] = {"window.tail=64", "sample.min_layers=2", "eval.topk=9", "eval.budget=0.33",
                          "eval.threshold=0.5"};
     lsa_recipe r;
@@ -101,7 +109,8 @@ static void test_against_slow_count(void **state) {
                           .head_dim = 128,
                           .rank = 4,
                           .eps = 1e-6f,
-                          .n_layer = HAND_LAYERS};
+                          .n_layer = HAND_LAYERS,
+                          .reach = reach};
     lsa_ctx *ctx = NULL;
     lsa_source *s = NULL;
     lsa_trainer *t = NULL;
@@ -115,15 +124,18 @@ static void test_against_slow_count(void **state) {
     for (int32_t l = 0; l < HAND_LAYERS; l++) g.ord[l].v = l, g.id[l].v = 2 * l + 1;
     assert_int_equal(LSA_NEW(p, lsa_indexer_n_param(&g), NULL), LSA_OK);
     lsa_indexer_init_random(p, &g, 5);
+    for (int32_t j = 1; j <= reach; j++) p[lsa_indexer_costs_at(&g) + j - 1] = COST(j);
     assert_int_equal(lsa_ctx_create(&ctx, "cpu", &err), LSA_OK);
     if (lsa_source_open(&s, g_dir, &r, &g, true, &err) != LSA_OK) fail_msg("%s", err.msg);
     assert_int_equal(lsa_trainer_create(&t, ctx, NULL, 1, &r, &g, p, NULL, NULL, 0, &err), LSA_OK);
     if (lsa_evaluate(&e, t, NULL, s, &r, &g, 1, HAND_DOCS, &err) != LSA_OK) fail_msg("%s", err.msg);
     for (int64_t doc = 1; doc < HAND_DOCS; doc++) slow_document(row, t, s, &r, &g, doc);
     json_t *o = lsa_eval_json(&e, &r);
-    assert_int_equal(e.n, ROWS);
-    for (int k = 0; k < ROWS; k++) {
-        static const char *const name[ROWS] = {"c0", "c1", "mean", "max", "sum"};
+    assert_int_equal(e.n, rows);
+    for (int k = 0; k < rows; k++) {
+        static const char *const names[2][ROWS] = {{"c0", "c1", "mean", "max", "sum"},
+                                                   {"c0", "c1", "plain", "mean", "max", "sum"}};
+        const char *const *name = names[reach > 0];
         const slow *w = &row[k];
         const json_t *j = json_object_get(o, name[k]);
         const double prec = w->tp / (w->tp + w->fp), rec = w->tp / (w->tp + w->fn);
@@ -147,8 +159,10 @@ static void test_against_slow_count(void **state) {
         for (size_t i = 0; i < sizeof c / sizeof *c; i++)
             near_to(c[i].key, json_number_value(json_object_get(j, c[i].key)), c[i].want);
     }
-    near_to("value", lsa_eval_value(&e, &r), row[ROWS - 1].kept_mass[3] / row[ROWS - 1].total);
+    near_to("value", lsa_eval_value(&e, &r), row[rows - 1].kept_mass[3] / row[rows - 1].total);
     assert_non_null(json_object_get(json_object_get(o, "by_length"), "up_to_16384"));
+    if (reach) /* or the rows do not tell whether it was applied */
+        assert_true(row[HAND_LAYERS].kept_mass[3] != row[rows - 1].kept_mass[3]);
     json_decref(o);
     lsa_trainer_destroy(t);
     lsa_source_close(s);
@@ -156,8 +170,17 @@ static void test_against_slow_count(void **state) {
     lsa_free(p);
 }
 
+static void test_plain(void **state) {
+    (void)state;
+    against_slow_count(0);
+}
+static void test_continued(void **state) {
+    (void)state;
+    against_slow_count(3);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_against_slow_count)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain), cmocka_unit_test(test_continued)};
     snprintf(g_dir, sizeof g_dir, "/tmp/lsa-eval-XXXXXX");
     if (!mkdtemp(g_dir)) return 1;
     hand_shards(g_dir, 64);

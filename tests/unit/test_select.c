@@ -199,6 +199,29 @@ static void test_by_hand(void **state) {
     expect(&r, two, 3, "0 1"); /* NaN in one layer */
 }
 
+/* The sum is continued before anything is chosen; forced chunks lend too. */
+static void test_continued(void **state) {
+    (void)state;
+    const float z[] = {9, 1, 0, 0, 4, 1, 3, 0, 0, 0};
+    lsa_select_rule r = plain(LSA_SELECT_TOPK);
+    r.k = 3;
+    expect(&r, z, 10, "0 4 6");
+    r.reach = 2, r.cost[0] = 1, r.cost[1] = 7.5f; /* 9 8 1.5 0 4 3 3 2 0 0 */
+    expect(&r, z, 10, "0 1 4");
+    r.sink = 1;
+    expect(&r, z, 10, "0 1 4 5");
+    r.mode = LSA_SELECT_THRESHOLD, r.threshold = 1.5f, r.sink = 0, r.tail = 4;
+    expect(&r, z, 10, "0 1 4 5 6 7 8 9");
+    r.tail = 0;
+    expect(&r, z, 10, "0 1 4 5 6 7");
+    float two[2 * 5] = {1, 0, 0, 5, 0, /* of the sum, not of each layer */ 1, 0, 0, -5, 0};
+    int32_t id[5];
+    int64_t m;
+    r.n_layer = 2, r.mode = LSA_SELECT_TOPK, r.k = 2, r.cost[0] = 0.5f;
+    assert_int_equal(lsa_select(id, &m, NULL, &r, two, 5, 5, NULL), LSA_OK);
+    assert_true(m == 2 && id[0] == 0 && id[1] == 1);
+}
+
 static void test_scores(void **state) {
     (void)state;
     enum { M = 500 };
@@ -281,6 +304,10 @@ static void test_refused(void **state) {
     BAD("not finite", r.n_knot = 1, r.knot_length[0] = 5, r.knot_threshold[0] = NAN);
     BAD("temperature", r.score = LSA_SCORE_MAX, r.temperature[0] = 0);
     BAD("offset", r.score = LSA_SCORE_MEAN, r.offset[0] = INFINITY);
+    BAD("reach", r.reach = LSA_MAX_REACH + 1);
+    BAD("cost 2", r.reach = 2, r.cost[1] = -0.5f);
+    BAD("cost 1", r.reach = 2, r.cost[0] = NAN);
+    BAD("belongs to the sum", r.reach = 2, r.score = LSA_SCORE_MEAN);
     refused(ok, 32, -1, "chunks");
     refused(ok, 32, INT64_C(1) << 31, "chunks");
     r = ok, r.n_layer = 2;
@@ -311,8 +338,9 @@ static void test_sigmoid(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_by_hand), cmocka_unit_test(test_random),
-                                       cmocka_unit_test(test_scores),  cmocka_unit_test(test_knots),
-                                       cmocka_unit_test(test_refused), cmocka_unit_test(test_sigmoid)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_by_hand),   cmocka_unit_test(test_random),
+                                       cmocka_unit_test(test_continued), cmocka_unit_test(test_scores),
+                                       cmocka_unit_test(test_knots),     cmocka_unit_test(test_refused),
+                                       cmocka_unit_test(test_sigmoid)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

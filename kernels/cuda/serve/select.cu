@@ -50,7 +50,7 @@ static __device__ float threshold_at(const lsa_select_rule &r, int64_t n) {
     return (float)__dadd_rn(x, __dmul_rn(u, (double)r.knot_threshold[i] - x));
 }
 
-static __device__ __forceinline__ float score_of(const select_args &a, int64_t i, int64_t c) {
+static __device__ __forceinline__ float combined(const select_args &a, int64_t i, int64_t c) {
     const lsa_select_rule &r = a.rule;
     float s = 0;
     for (int l = 0; l < r.n_layer; l++) {
@@ -63,6 +63,17 @@ static __device__ __forceinline__ float score_of(const select_args &a, int64_t i
         }
     }
     return r.score == LSA_SCORE_MEAN ? __fdiv_rn(s, (float)r.n_layer) : s;
+}
+
+/* With a continuation neighbours are combined again by every chunk they may lend to: reads of the same lines.
+ */
+static __device__ __forceinline__ float score_of(const select_args &a, int64_t i, int64_t c) {
+    float best = combined(a, i, c);
+    for (int j = 1; j <= a.rule.reach && j <= c; j++) {
+        const float v = __fsub_rn(combined(a, i, c - j), a.rule.cost[j - 1]);
+        best = v > best ? v : best;
+    }
+    return best;
 }
 
 static __device__ __forceinline__ uint32_t ordered(float x) {
