@@ -25,9 +25,10 @@ typedef struct lsa_shards_info {
     lsa_layer_id csa_id[LSA_MAX_CSA]; /* layer id per ordinal */
     bool has_keys[LSA_MAX_CSA];       /* keys and hidden vectors stored for this ordinal? */
     bool has_stats, has_dense;
-    lsa_rope rope;      /* compressed layers */
-    double label_top_p; /* votes: smallest prefix of the softmax over the pool with mass > top_p */
-    int32_t label_pool; /* pool: this many largest native logits */
+    lsa_rope rope;           /* compressed layers */
+    double label_top_p;      /* votes: smallest prefix of the softmax over the pool with mass > top_p */
+    int32_t label_pool;      /* pool: this many largest native logits */
+    int32_t label_min_votes; /* chunks with fewer votes were left out (imports); 1 or 0: none were */
     int64_t n_doc, n_token, n_row, n_shard;
 } lsa_shards_info;
 
@@ -39,6 +40,7 @@ typedef struct lsa_shards_doc {
     int64_t first_position;
     int64_t n_hidden; /* hidden vectors */
     int32_t shard;
+    uint64_t token_xxh64; /* of its ids as i32 */
 } lsa_shards_doc;
 
 typedef struct lsa_shards lsa_shards;
@@ -74,6 +76,10 @@ LSA_NODISCARD lsa_status lsa_shards_stats(lsa_csr *out, const lsa_shards *s, int
                                           lsa_err *err);
 LSA_NODISCARD lsa_status lsa_shards_dense(lsa_csr *out, const lsa_shards *s, int64_t doc, lsa_csa_ord ord,
                                           lsa_err *err);
+
+/* Mass on the sliding window and on the sink, f16 [n_row] each. */
+LSA_NODISCARD lsa_status lsa_shards_local_mass(uint16_t **local, uint16_t **sink, const lsa_shards *s,
+                                               int64_t doc, lsa_csa_ord ord, lsa_err *err);
 
 /* Full check of a folder: sizes, XXH64 of files and datasets, CSR structure, ranges, votes <= n_csa, masses
  * in [0,1], native logits of the probe rows recomputed from keys. First fault wins. */

@@ -68,8 +68,9 @@ lsa_status lsa_manifest_save(const lsa_manifest *m, const char *dir, lsa_err *er
                         json_pack("{s:i, s:f, s:f, s:I, s:f, s:f}", "dim", f->rope.dim, "base", f->rope.base,
                                   "factor", f->rope.factor, "original_len", (json_int_t)f->rope.original_len,
                                   "beta_fast", f->rope.beta_fast, "beta_slow", f->rope.beta_slow));
-    json_object_set_new(root, "labels",
-                        json_pack("{s:f, s:i}", "top_p", f->label_top_p, "pool", f->label_pool));
+    json_t *labels = json_pack("{s:f, s:i}", "top_p", f->label_top_p, "pool", f->label_pool);
+    if (f->label_min_votes > 1) json_object_set_new(labels, "min_votes", json_integer(f->label_min_votes));
+    json_object_set_new(root, "labels", labels);
     json_object_set(root, "run", m->run);
     json_object_set_new(root, "shards", shards);
     /* a value that could not be made (out of memory, text that is not UTF-8) must not become a missing key */
@@ -187,6 +188,9 @@ lsa_status lsa_manifest_parse(lsa_manifest *m, const char *text, size_t n, const
     LSA_TRY(lsa_json_object(&labels, root, "labels", where, err));
     LSA_TRY(lsa_json_f64(&f->label_top_p, labels, "top_p", where, err));
     LSA_TRY(get_i32(&f->label_pool, 1, 1 << 30, labels, "pool", where, err));
+    f->label_min_votes = 1;
+    if (json_object_get(labels, "min_votes"))
+        LSA_TRY(get_i32(&f->label_min_votes, 1, LSA_MAX_CSA, labels, "min_votes", where, err));
     LSA_TRY(parse_shards(m, root, where, err));
     m->run = json_incref(json_object_get(root, "run"));
 done:

@@ -1,5 +1,7 @@
 /* Restricted unpickler: see pickle.h. A stack machine over values in one array; containers are chains of
- * links, so a container that holds itself is only a loop of numbers that nobody follows.
+ * links, so a container that holds itself is only a loop of numbers that nobody follows. A plain pickle holds
+ * each storage as bytes that are five small pickles and the numbers: a second machine, which knows no such
+ * bytes itself, reads those.
  *
  * The mistake that would stay silent: strides. A transposed or expanded tensor has the shape and the size of
  * a good one, so only contiguous tensors pass. */
@@ -19,11 +21,13 @@ typedef enum kind {
     K_INT,
     K_FLOAT,
     K_TEXT,
+    K_BYTES,
     K_TUPLE,
     K_LIST,
     K_DICT,
     K_DICT_TYPE,    /* collections.OrderedDict */
     K_REBUILD,      /* torch._utils._rebuild_tensor_v2 */
+    K_LOAD_BYTES,   /* torch.storage._load_from_bytes */
     K_STORAGE_TYPE, /* torch.*Storage */
     K_STORAGE,
     K_TENSOR
@@ -34,8 +38,8 @@ typedef struct value {
     int32_t first,
         last;      /* links: elements; key, value, key, value of a dict; offset, shape, stride of a tensor */
     int32_t of;    /* storage of a tensor; key of a storage */
-    int64_t i;     /* int, bool; bytes of a text; elements of a container or storage */
-    const char *s; /* text, not terminated */
+    int64_t i;     /* int, bool; size of a text or of bytes; elements of a container or storage */
+    const char *s; /* text, not terminated; bytes; content of a storage that is in the pickle, else NULL */
     lsa_dtype t;   /* storage type, storage */
 } value;
 
@@ -43,10 +47,18 @@ typedef struct link {
     int32_t v, next;
 } link;
 
+/* Whose pickle it is, and so what may be in it. */
+typedef enum origin {
+    ARCHIVE, /* data.pkl of a torch.save archive: storages are entries of the archive */
+    PLAIN,   /* pickle.dump: storages are bytes */
+    INNER    /* inside those bytes */
+} origin;
+
 typedef struct machine {
     const unsigned char *p;
     size_t n, at;
     const char *where;
+    origin from;
     LSA_VEC(value) val;
     LSA_VEC(link) link;
     LSA_VEC(int32_t) stack;
@@ -149,13 +161,32 @@ static lsa_status extend(machine *m, kind k, int64_t base, int64_t n, lsa_err *e
     return st;
 }
 
-static lsa_status push_global(machine *m, lsa_err *err) {
+static lsa_status push_global(machine *m, const char *module, const char *name, lsa_err *err) {
     static const struct {
         const char *name;
         lsa_dtype t;
     } storage[] = {{"Float", LSA_F32}, {"Half", LSA_F16},        {"BFloat16", LSA_BF16}, {"Double", LSA_F64},
                    {"Byte", LSA_U8},   {"Bool", LSA_U8},         {"Char", LSA_I8},       {"Int", LSA_I32},
                    {"Long", LSA_I64},  {"ComplexFloat", LSA_C64}};
+    if (!strcmp(module, "collections") && !strcmp(name, "OrderedDict"))
+        return push_new(m, (value){.k = K_DICT_TYPE}, err);
+    if (!strcmp(module, "torch._utils") && !strcmp(name, "_rebuild_tensor_v2"))
+        return push_new(m, (value){.k = K_REBUILD}, err);
+    if (m->from == PLAIN && !strcmp(module, "torch.storage") && !strcmp(name, "_load_from_bytes"))
+        return push_new(m, (value){.k = K_LOAD_BYTES}, err);
+    for (size_t i = 0; i < sizeof storage / sizeof *storage && !strcmp(module, "torch"); i++) {
+        char full[32];
+        snprintf(full, sizeof full, "%sStorage", storage[i].name);
+        if (!strcmp(name, full)) return push_new(m, (value){.k = K_STORAGE_TYPE, .t = storage[i].t}, err);
+    }
+    REFUSE(
+        "%s: it asks for the Python object '%s.%s', which a dict of tensors does not need; nothing of the file was used: save "
+        "%s",
+        m->where, module, name, m->from == ARCHIVE ? "the state dict alone" : "tensors alone");
+}
+
+/* GLOBAL: two lines of text. */
+static lsa_status read_global(machine *m, lsa_err *err) {
     char name[2][128];
     for (int i = 0; i < 2; i++) {
         const unsigned char *nl = memchr(m->p + m->at, '\n', m->n - m->at);
@@ -165,19 +196,27 @@ static lsa_status push_global(machine *m, lsa_err *err) {
         name[i][len] = 0;
         m->at += len + 1;
     }
-    if (!strcmp(name[0], "collections") && !strcmp(name[1], "OrderedDict"))
-        return push_new(m, (value){.k = K_DICT_TYPE}, err);
-    if (!strcmp(name[0], "torch._utils") && !strcmp(name[1], "_rebuild_tensor_v2"))
-        return push_new(m, (value){.k = K_REBUILD}, err);
-    for (size_t i = 0; i < sizeof storage / sizeof *storage && !strcmp(name[0], "torch"); i++) {
-        char full[32];
-        snprintf(full, sizeof full, "%sStorage", storage[i].name);
-        if (!strcmp(name[1], full)) return push_new(m, (value){.k = K_STORAGE_TYPE, .t = storage[i].t}, err);
-    }
-    REFUSE(
-        "%s: it asks for the Python object '%s.%s', which a dict of tensors does not need; nothing of the file was used: save "
-        "the state dict alone",
-        m->where, name[0], name[1]);
+    return push_global(m, name[0], name[1], err);
+}
+
+/* A name or storage key as a C string. */
+static bool copy_text(char *out, size_t cap, const value *v) {
+    if (v->k != K_TEXT || v->i < 1 || (size_t)v->i >= cap || memchr(v->s, 0, (size_t)v->i)) return false;
+    memcpy(out, v->s, (size_t)v->i);
+    out[v->i] = 0;
+    return true;
+}
+
+/* STACK_GLOBAL: two texts from the stack. */
+static lsa_status stack_global(machine *m, lsa_err *err) {
+    char name[2][128];
+    int64_t base;
+    const lsa_status st = pop(&base, m, 2, err);
+    if (st != LSA_OK) return st;
+    for (int i = 0; i < 2; i++)
+        if (!copy_text(name[i], sizeof name[i], &m->val.data[m->stack.data[base + i]]))
+            REFUSE("%s: the pickle names a global by something that is not a name", m->where);
+    return push_global(m, name[0], name[1], err);
 }
 
 /* The elements of container c into out[n]; false if it has another number of them. */
@@ -189,20 +228,23 @@ static bool elements(int32_t *out, const machine *m, int32_t c, int64_t n) {
     return i == n;
 }
 
-/* ('storage', type, key, location, number of elements) */
+/* ('storage', type, key, location, number of elements), inside bytes also a view of another: None */
 static lsa_status push_storage(machine *m, lsa_err *err) {
     int64_t base;
-    int32_t e[5];
+    int32_t e[6];
+    const int n = m->from == INNER ? 6 : 5;
     const lsa_status st = pop(&base, m, 1, err);
     if (st != LSA_OK) return st;
     const int32_t id = m->stack.data[base];
     const value *v = m->val.data;
-    if (v[id].k != K_TUPLE || !elements(e, m, id, 5) || v[e[0]].k != K_TEXT || v[e[0]].i != 7 ||
+    if (v[id].k != K_TUPLE || !elements(e, m, id, n) || v[e[0]].k != K_TEXT || v[e[0]].i != 7 ||
         memcmp(v[e[0]].s, "storage", 7) || v[e[1]].k != K_STORAGE_TYPE || v[e[2]].k != K_TEXT ||
-        v[e[4]].k != K_INT || v[e[4]].i < 0)
+        v[e[4]].k != K_INT || v[e[4]].i < 0 || (n == 6 && v[e[5]].k != K_NONE))
         REFUSE("%s: the pickle refers to something outside it that is not a tensor storage", m->where);
     return push_new(m, (value){.k = K_STORAGE, .t = v[e[1]].t, .of = e[2], .i = v[e[4]].i}, err);
 }
+
+static lsa_status load_bytes(machine *m, int32_t args, lsa_err *err);
 
 static lsa_status reduce(machine *m, lsa_err *err) {
     int64_t base;
@@ -212,6 +254,7 @@ static lsa_status reduce(machine *m, lsa_err *err) {
     const value *v = m->val.data;
     if (v[f].k == K_DICT_TYPE && v[args].k == K_TUPLE && v[args].i == 0)
         return push_new(m, (value){.k = K_DICT}, err);
+    if (v[f].k == K_LOAD_BYTES) return load_bytes(m, args, err);
     if (v[f].k != K_REBUILD)
         REFUSE("%s: the pickle calls something that is not a known constructor", m->where);
     int32_t e[6], t; /* storage, offset, shape, stride, requires_grad, hooks */
@@ -252,6 +295,41 @@ static lsa_status push_long(machine *m, int n, lsa_err *err) {
     return push_new(m, (value){.k = K_INT, .i = i}, err);
 }
 
+/* Text or bytes behind their size, which has `width` bytes. */
+static lsa_status push_span(machine *m, kind k, int width, lsa_err *err) {
+    uint64_t u;
+    lsa_status st = take(&u, m, width, err);
+    if (st == LSA_OK && u > m->n - m->at) REFUSE("%s: the pickle ends inside a value: truncated", m->where);
+    if (st != LSA_OK) return st;
+    st = push_new(m, (value){.k = k, .i = (int64_t)u, .s = (const char *)m->p + m->at}, err);
+    m->at += (size_t)u;
+    return st;
+}
+
+/* Opcodes of the protocols after 2. */
+static lsa_status step_new(bool *known, machine *m, int op, lsa_err *err) {
+    uint64_t u;
+    *known = true;
+    switch (op) {
+    case 'C':
+    case 'B':
+    case 0x8e:
+        return push_span(m, K_BYTES, op == 'C' ? 1 : op == 'B' ? 4 : 8, err);
+    case 0x8c:
+    case 0x8d:
+        return push_span(m, K_TEXT, op == 0x8c ? 1 : 8, err);
+    case 0x93:
+        return stack_global(m, err);
+    case 0x94: /* MEMOIZE: the next number */
+        return put_memo(m, (uint64_t)m->memo.len, err);
+    case 0x95: /* FRAME: a hint for readers of streams */
+        return take(&u, m, 8, err);
+    default:
+        *known = false;
+        return LSA_OK;
+    }
+}
+
 /* One opcode; *stop at the end. */
 static lsa_status step(machine *m, bool *stop, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -262,8 +340,10 @@ static lsa_status step(machine *m, bool *stop, lsa_err *err) {
     switch (op) {
     case 0x80: /* PROTO */
         LSA_TRY(take(&u, m, 1, err));
-        if (u != 2)
+        if (m->from != PLAIN && u != 2)
             LSA_FAIL(LSA_E_UNSUPPORTED, "%s: pickle protocol %d, torch.save writes 2", m->where, (int)u);
+        if (u < 2 || u > 5)
+            LSA_FAIL(LSA_E_UNSUPPORTED, "%s: pickle protocol %d, 2 to 5 are read", m->where, (int)u);
         break;
     case '.':
         *stop = true;
@@ -295,10 +375,7 @@ static lsa_status step(machine *m, bool *stop, lsa_err *err) {
         LSA_TRY(push_new(m, (value){.k = K_FLOAT}, err));
         break;
     case 'X':
-        LSA_TRY(take(&u, m, 4, err));
-        LSA_TRY(need(m, (size_t)u, err));
-        LSA_TRY(push_new(m, (value){.k = K_TEXT, .i = (int64_t)u, .s = (const char *)m->p + m->at}, err));
-        m->at += (size_t)u;
+        LSA_TRY(push_span(m, K_TEXT, 4, err));
         break;
     case ')':
         LSA_TRY(push_new(m, (value){.k = K_TUPLE}, err));
@@ -337,12 +414,14 @@ static lsa_status step(machine *m, bool *stop, lsa_err *err) {
                      m->where);
         break;
     case 'c':
-        LSA_TRY(push_global(m, err));
+        LSA_TRY(read_global(m, err));
         break;
     case 'R':
         LSA_TRY(reduce(m, err));
         break;
     case 'Q':
+        if (m->from == PLAIN)
+            LSA_FAIL(LSA_E_FORMAT, "%s: the pickle refers to something outside it", m->where);
         LSA_TRY(push_storage(m, err));
         break;
     case 'q':
@@ -356,6 +435,11 @@ static lsa_status step(machine *m, bool *stop, lsa_err *err) {
         LSA_TRY(get_memo(m, u, err));
         break;
     default:
+        if (m->from == PLAIN) {
+            bool known;
+            LSA_TRY(step_new(&known, m, op, err));
+            if (known) break;
+        }
         LSA_FAIL(LSA_E_FORMAT, "%s: pickle opcode 0x%02x at byte %zu has no place in a dict of tensors",
                  m->where, op, m->at - 1);
     }
@@ -363,12 +447,87 @@ done:
     return st;
 }
 
-/* A name or storage key as a C string. */
-static bool copy_text(char *out, size_t cap, const value *v) {
-    if (v->k != K_TEXT || v->i < 1 || (size_t)v->i >= cap || memchr(v->s, 0, (size_t)v->i)) return false;
-    memcpy(out, v->s, (size_t)v->i);
-    out[v->i] = 0;
-    return true;
+/* Runs one pickle; *top is its value. */
+static lsa_status run(int32_t *top, machine *m, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    *top = 0;
+    m->stack.len = m->memo.len = 0;
+    for (bool stop = false; !stop;) LSA_TRY(step(m, &stop, err));
+    if (m->stack.len != 1) LSA_FAIL(LSA_E_FORMAT, "%s: the pickle does not end with one value", m->where);
+    *top = m->stack.data[0];
+done:
+    return st;
+}
+
+/* The value under `name` of dict d; NULL if absent. */
+static const value *entry(const machine *m, int32_t d, const char *name) {
+    char key[32];
+    for (int32_t l = m->val.data[d].first; l >= 0; l = m->link.data[m->link.data[l].next].next)
+        if (copy_text(key, sizeof key, &m->val.data[m->link.data[l].v]) && !strcmp(key, name))
+            return &m->val.data[m->link.data[m->link.data[l].next].v];
+    return NULL;
+}
+
+static void machine_fini(machine *m) {
+    lsa_free(m->val.data);
+    lsa_free(m->link.data);
+    lsa_free(m->stack.data);
+    lsa_free(m->memo.data);
+}
+
+/* torch's stream of one storage: magic number, protocol version, sizes of the writer's types, the storage,
+ * the list of keys, then its element count as i64 and its bytes. *out gets type, count and content. */
+static lsa_status read_stream(value *out, machine *m, lsa_err *err) {
+    static const unsigned char magic[] = "\x80\2\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+    lsa_status st = LSA_OK;
+    int32_t top, key;
+    uint64_t count;
+    int64_t n_bytes = 0;
+    if (m->n < sizeof magic - 1 || memcmp(m->p, magic, sizeof magic - 1))
+        LSA_FAIL(LSA_E_FORMAT, "%s: the bytes of a storage do not begin as torch writes them", m->where);
+    m->at = sizeof magic - 1;
+    LSA_TRY(run(&top, m, err));
+    if (m->val.data[top].k != K_INT || m->val.data[top].i != 1001)
+        LSA_FAIL(LSA_E_UNSUPPORTED, "%s: a storage of another protocol than 1001", m->where);
+    LSA_TRY(run(&top, m, err));
+    const value *little = m->val.data[top].k == K_DICT ? entry(m, top, "little_endian") : NULL;
+    if (!little || little->k != K_BOOL || !little->i)
+        LSA_FAIL(LSA_E_UNSUPPORTED, "%s: written on a big-endian machine", m->where);
+    LSA_TRY(run(&top, m, err));
+    if (m->val.data[top].k != K_STORAGE) LSA_FAIL(LSA_E_FORMAT, "%s: bytes without a storage", m->where);
+    *out = m->val.data[top];
+    const int32_t want = out->of;
+    LSA_TRY(run(&top, m, err));
+    if (m->val.data[top].k != K_LIST || !elements(&key, m, top, 1) || m->val.data[key].k != K_TEXT ||
+        m->val.data[key].i != m->val.data[want].i ||
+        memcmp(m->val.data[key].s, m->val.data[want].s, (size_t)m->val.data[key].i))
+        LSA_FAIL(LSA_E_FORMAT, "%s: bytes that do not hold exactly one storage", m->where);
+    LSA_TRY(take(&count, m, 8, err));
+    if (count != (uint64_t)out->i || !lsa_mul_i64(out->i, (int64_t)lsa_dtype_bytes(out->t), &n_bytes) ||
+        (uint64_t)n_bytes != m->n - m->at)
+        LSA_FAIL(LSA_E_FORMAT, "%s: a storage of %lld elements of %s, but its bytes are %llu, %zu of them",
+                 m->where, (long long)out->i, lsa_dtype_name(out->t), (unsigned long long)count,
+                 m->n - m->at);
+    out->s = (const char *)m->p + m->at;
+done:
+    return st;
+}
+
+/* Takes the bytes of a storage for the storage. */
+static lsa_status load_bytes(machine *m, int32_t args, lsa_err *err) {
+    int32_t e;
+    value v = {0};
+    if (m->val.data[args].k != K_TUPLE || !elements(&e, m, args, 1) || m->val.data[e].k != K_BYTES)
+        REFUSE("%s: the pickle loads a storage from something that is not bytes", m->where);
+    machine in = {.p = (const unsigned char *)m->val.data[e].s,
+                  .n = (size_t)m->val.data[e].i,
+                  .where = m->where,
+                  .from = INNER};
+    lsa_status st = read_stream(&v, &in, err);
+    machine_fini(&in);
+    v.of = 0;
+    m->val.data[e].k = K_NONE; /* once: reading the same bytes again and again would not be linear */
+    return st == LSA_OK ? push_new(m, v, err) : st;
 }
 
 static lsa_status read_tensor(lsa_pickle_tensor *t, const machine *m, int32_t at, lsa_err *err) {
@@ -377,7 +536,8 @@ static lsa_status read_tensor(lsa_pickle_tensor *t, const machine *m, int32_t at
     if (!elements(part, m, at, 3) || v[part[1]].i > LSA_PICKLE_MAX_DIM || v[part[2]].i != v[part[1]].i)
         REFUSE("%s: tensor '%s': more than %d dimensions, or as many strides as sizes it has not", m->where,
                t->name, LSA_PICKLE_MAX_DIM);
-    if (!copy_text(t->storage, sizeof t->storage, &v[s->of]) || strchr(t->storage, '/'))
+    t->data = (const unsigned char *)s->s;
+    if (!t->data && (!copy_text(t->storage, sizeof t->storage, &v[s->of]) || strchr(t->storage, '/')))
         REFUSE("%s: tensor '%s': its storage has no usable key", m->where, t->name);
     t->dtype = s->t, t->storage_n = s->i, t->offset = v[part[0]].i;
     t->n_dim = (int32_t)v[part[1]].i, t->n_elem = 1;
@@ -390,7 +550,7 @@ static lsa_status read_tensor(lsa_pickle_tensor *t, const machine *m, int32_t at
         if (n->i > 1 && t->n_elem > 0 && d->i != t->n_elem)
             REFUSE(
                 "%s: tensor '%s' is not contiguous (stride %lld of dimension %d, expected %lld): call .contiguous() before "
-                "torch.save",
+                "saving",
                 m->where, t->name, (long long)d->i, i, (long long)t->n_elem);
         t->shape[i] = n->i;
         if (!lsa_mul_i64(t->n_elem, n->i, &t->n_elem))
@@ -402,22 +562,11 @@ static lsa_status read_tensor(lsa_pickle_tensor *t, const machine *m, int32_t at
     return LSA_OK;
 }
 
-/* The dict under key `name` of dict d, or d itself. */
-static int32_t inner_dict(const machine *m, int32_t d, const char *name) {
-    char key[32];
-    for (int32_t l = m->val.data[d].first; l >= 0; l = m->link.data[m->link.data[l].next].next) {
-        const int32_t v = m->link.data[m->link.data[l].next].v;
-        if (copy_text(key, sizeof key, &m->val.data[m->link.data[l].v]) && !strcmp(key, name) &&
-            m->val.data[v].k == K_DICT)
-            return v;
-    }
-    return d;
-}
-
 static lsa_status collect(lsa_pickle_tensor **out, int64_t *n, const machine *m, int32_t top, lsa_err *err) {
     lsa_status st = LSA_OK;
     if (m->val.data[top].k != K_DICT) LSA_FAIL(LSA_E_FORMAT, "%s: expected a dict of tensors", m->where);
-    const int32_t d = inner_dict(m, top, "model_state");
+    const value *inner = m->from == ARCHIVE ? entry(m, top, "model_state") : NULL;
+    const int32_t d = inner && inner->k == K_DICT ? (int32_t)(inner - m->val.data) : top;
     if (m->val.data[d].i / 2 > MAX_ENTRIES)
         LSA_FAIL(LSA_E_FORMAT, "%s: the dict has %lld entries, at most %d are read", m->where,
                  (long long)m->val.data[d].i / 2, MAX_ENTRIES);
@@ -445,22 +594,29 @@ done:
     return st;
 }
 
-lsa_status lsa_pickle_tensors(lsa_pickle_tensor **out, int64_t *n, const void *data, size_t n_bytes,
-                              const char *where, lsa_err *err) {
+static lsa_status read_all(lsa_pickle_tensor **out, int64_t *n, machine *m, lsa_err *err) {
     lsa_status st = LSA_OK;
-    machine m = {.p = data, .n = n_bytes, .where = where};
+    int32_t top;
     *out = NULL, *n = 0;
-    for (bool stop = false; !stop;) LSA_TRY(step(&m, &stop, err));
-    if (m.stack.len != 1) LSA_FAIL(LSA_E_FORMAT, "%s: the pickle does not end with one value", where);
-    LSA_TRY(collect(out, n, &m, m.stack.data[0], err));
+    LSA_TRY(run(&top, m, err));
+    LSA_TRY(collect(out, n, m, top, err));
 done:
-    lsa_free(m.val.data);
-    lsa_free(m.link.data);
-    lsa_free(m.stack.data);
-    lsa_free(m.memo.data);
+    machine_fini(m);
     if (st != LSA_OK) {
         lsa_free(*out);
         *out = NULL, *n = 0;
     }
     return st;
+}
+
+lsa_status lsa_pickle_tensors(lsa_pickle_tensor **out, int64_t *n, const void *data, size_t n_bytes,
+                              const char *where, lsa_err *err) {
+    machine m = {.p = data, .n = n_bytes, .where = where, .from = ARCHIVE};
+    return read_all(out, n, &m, err);
+}
+
+lsa_status lsa_pickle_plain(lsa_pickle_tensor **out, int64_t *n, const void *data, size_t n_bytes,
+                            const char *where, lsa_err *err) {
+    machine m = {.p = data, .n = n_bytes, .where = where, .from = PLAIN};
+    return read_all(out, n, &m, err);
 }

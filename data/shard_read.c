@@ -98,6 +98,7 @@ static lsa_status read_table(lsa_shards *s, shard *x, lsa_h5_reader *h, const ls
     lsa_status st = LSA_OK;
     lsa_h5_set set;
     int64_t *n_token = NULL, *hidden_row = NULL, n_row;
+    uint64_t *token_hash = NULL;
     char(*name)[96] = NULL;
     x->n_doc = m->documents;
     LSA_TRY(LSA_NEW(x->key_begin, x->n_doc + 1, err));
@@ -109,6 +110,9 @@ static lsa_status read_table(lsa_shards *s, shard *x, lsa_h5_reader *h, const ls
     LSA_TRY(read_set(name, x, &set, 0, x->n_doc, "/docs/name", err));
     LSA_TRY(lsa_h5_find(&set, h, "/docs/n_tokens", LSA_H5_I64, x->n_doc, 0, err));
     LSA_TRY(read_set(n_token, x, &set, 0, x->n_doc, "/docs/n_tokens", err));
+    LSA_TRY(LSA_NEW(token_hash, x->n_doc, err));
+    LSA_TRY(lsa_h5_find(&set, h, "/docs/token_xxh64", LSA_H5_U64, x->n_doc, 0, err));
+    LSA_TRY(read_set(token_hash, x, &set, 0, x->n_doc, "/docs/token_xxh64", err));
     LSA_TRY(lsa_h5_find(&set, h, "/docs/key_begin", LSA_H5_I64, x->n_doc + 1, 0, err));
     LSA_TRY(read_set(x->key_begin, x, &set, 0, x->n_doc + 1, "/docs/key_begin", err));
     LSA_TRY(check_begin(x->key_begin, x->n_doc, -1, x->path, "/docs/key_begin", err));
@@ -157,12 +161,14 @@ static lsa_status read_table(lsa_shards *s, shard *x, lsa_h5_reader *h, const ls
         o->first_position = first;
         o->n_hidden = h_at - x->hidden_begin[d];
         o->shard = (int32_t)shard_no;
+        o->token_xxh64 = token_hash[d];
         s->local[i] = d;
     }
     x->hidden_begin[x->n_doc] = h_at;
     if (h_at != x->n_hidden) LSA_FAIL(LSA_E_FORMAT, "'%s': '/hidden/row' points outside the rows", x->path);
 done:
     lsa_free(n_token);
+    lsa_free(token_hash);
     lsa_free(hidden_row);
     lsa_free(name);
     return st;
@@ -411,6 +417,28 @@ lsa_status lsa_shards_stats(lsa_csr *out, const lsa_shards *s, int64_t doc, lsa_
     snprintf(what, sizeof what, "/stats/c%d", ord.v);
     return read_csr(out, x, &x->stats[ord.v], x->row_begin[s->local[doc]], s->doc[doc].n_row,
                     s->doc[doc].n_key, what, err);
+}
+
+lsa_status lsa_shards_local_mass(uint16_t **local, uint16_t **sink, const lsa_shards *s, int64_t doc,
+                                 lsa_csa_ord ord, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const shard *x = &s->shard[s->doc[doc].shard];
+    const int64_t r0 = x->row_begin[s->local[doc]], n = s->doc[doc].n_row;
+    uint16_t *a = NULL, *b = NULL;
+    *local = *sink = NULL;
+    LSA_TRY(need_ord(s, ord, err));
+    if (!s->m.info.has_stats) LSA_FAIL(LSA_E_CONFIG, "the shards hold no /stats (dumped with --no-stats)");
+    LSA_TRY(LSA_NEW(a, n, err));
+    LSA_TRY(LSA_NEW(b, n, err));
+    LSA_TRY(read_set(a, x, &x->local[ord.v], r0, n, "local_mass", err));
+    LSA_TRY(read_set(b, x, &x->sink[ord.v], r0, n, "sink_mass", err));
+    *local = a;
+    *sink = b;
+    a = b = NULL;
+done:
+    lsa_free(a);
+    lsa_free(b);
+    return st;
 }
 
 lsa_status lsa_shards_dense(lsa_csr *out, const lsa_shards *s, int64_t doc, lsa_csa_ord ord, lsa_err *err) {

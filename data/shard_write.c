@@ -31,11 +31,15 @@ void lsa_doc_stats_fini(lsa_doc_stats *d) {
     memset(d, 0, sizeof *d);
 }
 
+static int64_t n_rows(const lsa_doc_stats *d) {
+    return d->n_token - d->first_position;
+}
+
 int64_t lsa_doc_stats_bytes(const lsa_doc_stats *d, const lsa_shards_info *info) {
-    int64_t b = 128 + d->n_token * 12 + d->n_hidden * 8 + d->labels.n_row * 8 + d->labels.n_entry * 5;
+    int64_t b = 128 + n_rows(d) * 12 + d->n_hidden * 8 + d->labels.n_row * 8 + d->labels.n_entry * 5;
     for (int32_t o = 0; o < info->n_csa; o++) {
         if (info->has_keys[o]) b += d->n_key * LSA_KEY_BYTES + d->n_hidden * info->hidden * 2;
-        if (info->has_stats) b += d->n_token * 12 + d->stats[o].n_entry * 8;
+        if (info->has_stats) b += n_rows(d) * 12 + d->stats[o].n_entry * 8;
         if (info->has_dense) b += d->dense[o].n_row * 18 + d->dense[o].n_entry * 6;
     }
     return b;
@@ -50,9 +54,6 @@ typedef struct joiner {
 
 /* Writes `name` as the concatenation of part(d) over the documents. */
 typedef const void *(*part_fn)(const lsa_doc_stats *d, int32_t ord, int64_t *rows);
-
-/* Object headers, groups and hashes of one layer take about 10 KiB. */
-#define LSA_HEAD_PER_LAYER (24 << 10)
 
 static lsa_status join(const joiner *j, const char *name, lsa_h5_type t, int64_t cols, part_fn part,
                        int32_t ord) {
@@ -112,8 +113,8 @@ PART(part_lab_votes, d->labels.votes, d->labels.n_entry)
 PART(part_st_chunk, d->stats[o].chunk, d->stats[o].n_entry)
 PART(part_st_logit, d->stats[o].logit, d->stats[o].n_entry)
 PART(part_st_mass, d->stats[o].mass, d->stats[o].n_entry)
-PART(part_local, d->local_mass[o], d->n_token)
-PART(part_sink, d->sink_mass[o], d->n_token)
+PART(part_local, d->local_mass[o], n_rows(d))
+PART(part_sink, d->sink_mass[o], n_rows(d))
 PART(part_de_chunk, d->dense[o].chunk, d->dense[o].n_entry)
 PART(part_de_mass, d->dense[o].mass, d->dense[o].n_entry)
 PART(part_de_rest, d->dense[o].rest, d->dense[o].n_row)
@@ -139,7 +140,7 @@ static lsa_status write_docs(const joiner *j, const lsa_shards_info *info) {
     LSA_TRY(LSA_NEW(row_begin, j->n + 1, err));
     for (int64_t i = 0; i < j->n; i++) {
         key_begin[i + 1] = key_begin[i] + j->d[i].n_key;
-        row_begin[i + 1] = row_begin[i] + j->d[i].n_token;
+        row_begin[i + 1] = row_begin[i] + n_rows(&j->d[i]);
         n_hidden += j->d[i].n_hidden;
     }
     n_row = row_begin[j->n];
@@ -148,7 +149,7 @@ static lsa_status write_docs(const joiner *j, const lsa_shards_info *info) {
     LSA_TRY(LSA_NEW(hidden_row, n_hidden, err));
     int64_t r = 0, h = 0;
     for (int64_t i = 0; i < j->n; i++)
-        for (int64_t t = 0; t < j->d[i].n_token; t++, r++) {
+        for (int64_t t = j->d[i].first_position; t < j->d[i].n_token; t++, r++) {
             position[r] = t;
             visible[r] = (int32_t)lsa_visible(t);
             if ((t + 1) % info->hidden_stride == 0) hidden_row[h++] = r;
@@ -176,7 +177,7 @@ static lsa_status write_probe(const joiner *j, const lsa_shards_info *info) {
     lsa_status st = LSA_OK;
     char name[64];
     int64_t base = 0;
-    for (int64_t i = 0; i < j->n; base += j->d[i++].n_token) {
+    for (int64_t i = 0; i < j->n; base += n_rows(&j->d[i++])) {
         const lsa_doc_stats *d = &j->d[i];
         if (d->n_probe == 0) continue;
         int64_t row[LSA_MAX_PROBE];
@@ -236,7 +237,7 @@ static lsa_status write_layers(const joiner *j, const lsa_shards_info *info) {
             int64_t base = 0, rows = 0, at = 0, *row = NULL;
             for (int64_t i = 0; i < j->n; i++) rows += j->d[i].dense[o].n_row;
             LSA_TRY(LSA_NEW(row, rows, j->err));
-            for (int64_t i = 0; i < j->n; base += j->d[i++].n_token)
+            for (int64_t i = 0; i < j->n; base += n_rows(&j->d[i++]))
                 for (int64_t r = 0; r < j->d[i].dense[o].n_row; r++)
                     row[at++] = base + j->d[i].dense[o].row[r];
             snprintf(name, sizeof name, "/dense/c%d/row", o);
@@ -276,7 +277,8 @@ static lsa_status write_attrs(lsa_h5_writer *h, const lsa_shards_info *f, lsa_er
              f->rope.base, f->rope.factor, (long long)f->rope.original_len, f->rope.beta_fast,
              f->rope.beta_slow);
     LSA_TRY(lsa_h5_attr_str(h, "/", "rope", text, err));
-    snprintf(text, sizeof text, "top_p=%.17g pool=%d", f->label_top_p, f->label_pool);
+    at = (size_t)snprintf(text, sizeof text, "top_p=%.17g pool=%d", f->label_top_p, f->label_pool);
+    if (f->label_min_votes > 1) snprintf(text + at, sizeof text - at, " min_votes=%d", f->label_min_votes);
     LSA_TRY(lsa_h5_attr_str(h, "/", "label_rule", text, err));
 done:
     return st;
@@ -290,7 +292,7 @@ lsa_status lsa_shard_seal(lsa_manifest_shard *out, const char *dir, const char *
     memset(out, 0, sizeof *out);
     LSA_TRY(lsa_path(path, err, "%s/%s", dir, file));
     snprintf(tmp, sizeof tmp, "%s.tmp", path);
-    LSA_TRY(lsa_h5_create(&h, tmp, (1 + info->n_csa) * LSA_HEAD_PER_LAYER, err));
+    LSA_TRY(lsa_h5_create(&h, tmp, (1 + info->n_csa) * LSA_SHARD_HEAD_PER_LAYER, err));
     joiner j = {h, docs, n, err};
     st = write_docs(&j, info);
     if (st == LSA_OK) st = write_layers(&j, info);
@@ -299,8 +301,7 @@ lsa_status lsa_shard_seal(lsa_manifest_shard *out, const char *dir, const char *
     LSA_TRY(st != LSA_OK ? st : closed);
     snprintf(out->file, sizeof out->file, "%s", file);
     out->documents = n;
-    for (int64_t i = 0; i < n; i++) out->tokens += docs[i].n_token;
-    out->rows = out->tokens;
+    for (int64_t i = 0; i < n; i++) out->tokens += docs[i].n_token, out->rows += n_rows(&docs[i]);
     LSA_TRY(lsa_fsync_path(tmp, err));
     LSA_TRY(lsa_shard_check_hashes(&out->head_bytes, tmp, err));
     LSA_TRY(lsa_shard_hash_head(&out->head_xxh64, tmp, out->head_bytes, err));

@@ -6,18 +6,22 @@
 #include "data/lsa_shard.h"
 #include "data/manifest.h"
 
-/* Statistics of one document. Every array is owned by the struct (lsa_free). Rows are all tokens, positions
- * 0..n_token-1. */
+/* Room for HDF5's own structures: for each layer, and once more; objects and hashes of a layer take about 10
+ * KiB. */
+#define LSA_SHARD_HEAD_PER_LAYER (24 << 10)
+
+/* Statistics of one document. Every array is owned by the struct (lsa_free). Rows are the tokens at positions
+ * first_position..n_token-1: all of them in a dump, the answer alone in what engines record. */
 typedef struct lsa_doc_stats {
     char name[96];
-    int64_t n_token, n_key;
+    int64_t n_token, n_key, first_position;
     uint64_t token_xxh64;
     uint8_t *key[LSA_MAX_CSA]; /* [n_key, 132] or NULL */
     int64_t n_hidden;
     uint16_t *hidden[LSA_MAX_CSA]; /* bf16 [n_hidden, d] or NULL */
     lsa_csr labels;
     lsa_csr stats[LSA_MAX_CSA];
-    uint16_t *local_mass[LSA_MAX_CSA], *sink_mass[LSA_MAX_CSA]; /* f16 [n_token] */
+    uint16_t *local_mass[LSA_MAX_CSA], *sink_mass[LSA_MAX_CSA]; /* f16 [rows] */
     lsa_csr dense[LSA_MAX_CSA];
     /* probe rows: native queries and full logits, for verify */
     int64_t n_probe, n_probe_logit;

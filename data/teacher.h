@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "kernels/core/dtype.h"
 #include "kernels/core/lsa_ids.h"
 #include "kernels/core/lsa_status.h"
 #include "kernels/model/rope.h"
@@ -30,6 +31,8 @@ typedef struct lsa_teacher_config {
     int32_t n_csa;
     lsa_layer_id csa_id[LSA_MAX_CSA]; /* layer id of each CSA ordinal */
     int32_t csa_ord[LSA_MAX_LAYERS];  /* ordinal of a layer, -1 if not CSA */
+    /* as config.json declares the storage: BF16, F8_E4M3 or (experts) F4; the loader goes by the files */
+    lsa_dtype matrix_dtype, expert_dtype;
 } lsa_teacher_config;
 
 /* Reads hub-style (R) and transformers-style (H) config files. LSA_E_FORMAT / LSA_E_UNSUPPORTED (V4.1) with
@@ -44,9 +47,18 @@ const char *lsa_teacher_name(const lsa_teacher *t); /* last component of the fol
 uint64_t lsa_teacher_hash(
     const lsa_teacher *t); /* XXH64 over config bytes and every tensor (name, size, first 256 bytes) */
 
+/* Every tensor that config.json calls for is there, with its shape, a known type and its scale: one message
+ * for all that are missing. Afterwards lsa_teacher_note names tensors that nothing uses (count, first names),
+ * or is
+ * "": worth a warning, since they may belong to another architecture. MTP and DSpark tensors (mtp.*) are
+ * expected to be unused. */
+LSA_NODISCARD lsa_status lsa_teacher_check(lsa_teacher *t, lsa_err *err);
+const char *lsa_teacher_note(const lsa_teacher *t);
+
 bool lsa_teacher_has(const lsa_teacher *t,
                      const char *name); /* original name, e.g. "layers.1.attn.wq_a.weight" */
-/* dst [rows, cols] f32, dequantised; rows*cols must be the tensor's logical shape (1-D: rows = 1). */
+/* dst [rows, cols] f32, dequantised without rounding; [rows, cols] must be the tensor's logical shape (1-D:
+ * rows = 1). LSA_E_FORMAT for NaN and infinity. */
 LSA_NODISCARD lsa_status lsa_teacher_f32(float *dst, const lsa_teacher *t, const char *name, int64_t rows,
                                          int64_t cols, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_teacher_i64(int64_t *dst, const lsa_teacher *t, const char *name, int64_t rows,

@@ -200,14 +200,38 @@ done:
     return st;
 }
 
+/* The hub says quantization_config and expert_dtype; the inference package dtype "fp8". Experts are fp4 in
+ * every quantised release but the base models, which say so. */
+static lsa_status read_storage(lsa_teacher_config *c, const reader *r) {
+    lsa_err *err = r->err;
+    const json_t *q = json_object_get(r->o, "quantization_config");
+    const char *dtype = json_string_value(json_object_get(r->o, "dtype")),
+               *expert = json_string_value(json_object_get(r->o, "expert_dtype"));
+    const bool fp8 = json_is_object(q) || (dtype && !strcmp(dtype, "fp8"));
+    c->matrix_dtype = fp8 ? LSA_F8_E4M3 : LSA_BF16;
+    c->expert_dtype = !fp8 ? LSA_BF16 : expert && !strcmp(expert, "fp8") ? LSA_F8_E4M3 : LSA_F4;
+    if (expert && strcmp(expert, "fp4") && strcmp(expert, "fp8") && strcmp(expert, "bf16"))
+        LSA_RET_FAIL(LSA_E_UNSUPPORTED, "%s: expert_dtype is '%.40s', expected fp4, fp8 or bf16", r->where,
+                     expert);
+    if (expert && !strcmp(expert, "bf16")) c->expert_dtype = LSA_BF16;
+    return LSA_OK;
+}
+
+/* DeepSeek-V4.1 shares names with V4 and means other mathematics: any of its marks is enough. */
+static bool is_v41(const json_t *root) {
+    const char *arch = json_string_value(json_array_get(json_object_get(root, "architectures"), 0)),
+               *type = json_string_value(json_object_get(root, "model_type"));
+    return (arch && (strstr(arch, "V41") || strstr(arch, "V4_1"))) ||
+           (type && (strstr(type, "v41") || strstr(type, "v4_1"))) || json_object_get(root, "text_config") ||
+           json_object_get(root, "kv_source_layer_ids") || json_object_get(root, "index_source_layer_ids");
+}
+
 lsa_status lsa_teacher_config_load(lsa_teacher_config *out, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
     json_t *root = NULL;
     memset(out, 0, sizeof *out);
     LSA_TRY(lsa_json_load(&root, path, err));
-    const char *arch = json_string_value(json_array_get(json_object_get(root, "architectures"), 0));
-    if ((arch && strstr(arch, "V41")) || json_object_get(root, "kv_source_layer_ids") ||
-        json_object_get(root, "text_config"))
+    if (is_v41(root))
         LSA_FAIL(LSA_E_UNSUPPORTED,
                  "%s: this is a DeepSeek-V4.1 model; only V4 (Flash, Pro and their geometry) is supported",
                  path);
@@ -215,6 +239,7 @@ lsa_status lsa_teacher_config_load(lsa_teacher_config *out, const char *path, ls
     LSA_TRY(read_sizes(out, &r));
     LSA_TRY(read_layers(out, &r));
     LSA_TRY(read_rope(out, &r));
+    LSA_TRY(read_storage(out, &r));
 done:
     json_decref(root);
     return st;

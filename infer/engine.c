@@ -166,6 +166,7 @@ lsa_status lsa_engine_open(lsa_engine **out, const char *dir, const lsa_engine_o
     LSA_TRY(lsa_alloc_((void **)&e, 1, sizeof *e, "engine", err));
     if (opts) e->opts = *opts;
     LSA_TRY(lsa_teacher_open(&e->teacher, dir, err));
+    LSA_TRY(lsa_teacher_check(e->teacher, err));
     e->c = *lsa_teacher_cfg(e->teacher);
     const lsa_teacher_config *c = &e->c;
     const int64_t d = c->hidden, n = c->hc_mult;

@@ -90,6 +90,11 @@ LSA_NODISCARD lsa_status lsa_session_forward(lsa_session *s, const int32_t *toke
  */
 void lsa_session_set_resident(lsa_session *s, const uint8_t *resident, int64_t n_masked);
 
+/* Host bytes before anything is loaded: the weights in fp32, and a session with the workspaces of n_thread
+ * threads. */
+LSA_NODISCARD lsa_status lsa_engine_bytes(int64_t *out, const lsa_teacher_config *c, lsa_err *err);
+int64_t lsa_session_bytes(const lsa_teacher_config *c, const lsa_session_opts *o, int32_t n_thread);
+
 /* Index keys of a CSA layer, fp32 [n, 128] after RoPE and Hadamard (and the fp4 simulation if on); n =
  * position/4. Borrowed until the next forward or reset. Rows never change once written. */
 const float *lsa_session_keys(const lsa_session *s, lsa_csa_ord ord, int64_t *n);

@@ -36,6 +36,13 @@ static lsa_status check_device(const char *device, lsa_err *err) {
     return LSA_OK;
 }
 
+static lsa_status open_teacher(lsa_engine **e, const char *dir, lsa_err *err) {
+    const lsa_status st = lsa_engine_open(e, dir, NULL, err);
+    if (st == LSA_OK && *lsa_teacher_note(lsa_engine_teacher(*e)))
+        lsa_warn("%s", lsa_teacher_note(lsa_engine_teacher(*e)));
+    return st;
+}
+
 static void check_teacher(const lsa_indexer_file *f, const lsa_engine *e) {
     char hex[17];
     const char *want = json_string_value(json_object_get(f->train, "teacher_hash"));
@@ -94,7 +101,7 @@ static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
     LSA_TRY(parse_budgets(&o, budget, err));
     if (o.policy[LSA_POLICY_LSA] && !indexer) LSA_FAIL(LSA_E_ARG, "policy lsa needs --indexer");
     if (indexer) LSA_TRY(lsa_indexer_file_load(&f, indexer, err));
-    LSA_TRY(lsa_engine_open(&e, teacher, NULL, err));
+    LSA_TRY(open_teacher(&e, teacher, err));
     LSA_TRY(lsa_docs_open(&d, tokens, needs, documents, lsa_engine_config(e)->vocab, err));
     if (indexer) check_teacher(&f, e);
     LSA_TRY(lsa_validate(&v, e, d, indexer ? &f : NULL, &o, err));
@@ -174,7 +181,7 @@ static lsa_status cmd_generate(int argc, char **argv, lsa_err *err) {
         LSA_FAIL(LSA_E_ARG, "--budget must be in (0, 1], --tau at least 1, --tail and --sink not negative");
     LSA_TRY(check_device(device, err));
     if (!o.full) LSA_TRY(lsa_indexer_file_load(&f, indexer, err));
-    LSA_TRY(lsa_engine_open(&e, teacher, NULL, err));
+    LSA_TRY(open_teacher(&e, teacher, err));
     LSA_TRY(lsa_docs_open(&d, tokens, needs, documents, lsa_engine_config(e)->vocab, err));
     const lsa_doc *doc = lsa_docs_at(d, 0);
     if (o.n_prompt > doc->n_token)

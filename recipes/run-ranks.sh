@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
 # Starts lsa-train on several ranks and starts it again when a rank is lost:
-#   recipes/run-ranks.sh [--max-restarts N] [mpirun options] -- lsa-train run|resume ...
+#   recipes/run-ranks.sh [--max-restarts N] [--launcher "COMMAND..."] [its options] -- lsa-train run|resume ...
+# The launcher is mpirun unless given, such as "srun --mpi=pmix"; --launcher "echo mpirun" only prints what would be started.
 # A restart resumes from the latest checkpoint; it happens after a lost rank (exit 1, or a signal), never after a wrong recipe, a bad file,
 # a full disk or numbers that are not finite. SIGTERM, SIGINT and SIGUSR1 (Slurm: --signal=B:USR1@60) reach every rank as a wish to stop: saved,
 # exit 5. A launcher that does not end although its ranks on this host are gone (a cut network) is killed after 10 s.
 set -uo pipefail
 restarts=0
-if [ "${1:-}" = --max-restarts ]; then restarts=$2; shift 2; fi
+launcher=(mpirun)
 options=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
-[ "${1:-}" = -- ] && [ $# -ge 3 ] || { echo "usage: $0 [--max-restarts N] [mpirun options] -- lsa-train run|resume ..." >&2; exit 2; }
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in
+    --max-restarts) restarts=${2:-}; shift ;;
+    --launcher) read -ra launcher <<<"${2:-}"; shift ;;
+    *) options+=("$1") ;;
+    esac
+    shift
+done
+[[ $restarts =~ ^[0-9]+$ ]] || { echo "$0: --max-restarts '$restarts' is not a number" >&2; exit 2; }
+command -v "${launcher[0]:-}" >/dev/null || { echo "$0: the launcher '${launcher[0]:-}' is not on this machine" >&2; exit 2; }
+[ "${1:-}" = -- ] && [ $# -ge 3 ] || { echo "usage: $0 [--max-restarts N] [--launcher \"COMMAND...\"] [its options] -- lsa-train run|resume ..." >&2; exit 2; }
 shift
 first=("$@") program=$1 verb=$2
 
@@ -32,14 +42,14 @@ trap pass_on TERM INT USR1
 
 once() { # command...: sets rc
     local seen= gone=0 poll=0.2
-    mpirun "${options[@]}" "$@" &
+    "${launcher[@]}" "${options[@]}" "$@" &
     job=$!
     while kill -0 "$job" 2>/dev/null; do
         sleep $poll
         if pgrep -P "$job" -f "$(basename "$program")" >/dev/null; then
             seen=1 gone=0
         elif [ -n "$seen" ] && [ $((gone += 1)) -gt 50 ]; then
-            echo "run-ranks: the ranks of this host are gone, but mpirun is not (another host cannot be reached): killing it" >&2
+            echo "run-ranks: the ranks of this host are gone, but ${launcher[0]} is not (another host cannot be reached): killing it" >&2
             kill -KILL $(pgrep -P "$job") "$job" 2>/dev/null
         fi
     done

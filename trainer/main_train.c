@@ -11,6 +11,7 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "trainer/bench.h"
+#include "trainer/estimate.h"
 #include "trainer/run.h"
 
 static const char *const DEVICE_HELP = "where to train: auto, cpu, cuda, cuda:N or ref (default auto)";
@@ -24,13 +25,13 @@ typedef struct ranks {
 } ranks;
 #define RANKS_DEFAULT                                                                                        \
     { "auto", 20, NULL }
-#define RANKS_OPTS(r)                                                                                        \
-    {"ranks", "KIND", LSA_OPT_STR, &(r).kind,                                                                \
-     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi "  \
-     "(default auto)"},                                                                                      \
-    {                                                                                                        \
-        "deadline", "S", LSA_OPT_F64, &(r).deadline,                                                         \
-            "seconds after which a rank that is silent or does not move ends the run (default 20)"           \
+#define RANKS_OPTS(r)                                                                                                                      \
+    {"ranks", "KIND", LSA_OPT_STR, &(r).kind,                                                                                              \
+     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi "                                \
+     "(default auto)"},                                                                                                                    \
+    {                                                                                                                                      \
+        "deadline", "S", LSA_OPT_F64, &(r).deadline,                                                                                       \
+            "seconds after which a rank that is silent or does not move ends the run; six times as long to meet at the start (default 20)" \
     }
 
 static const char *variable(const char *name) {
@@ -132,19 +133,50 @@ static lsa_status cmd_eval(int argc, char **argv, lsa_err *err) {
     return LSA_OK;
 }
 
+/* The recipe's step on a machine that is not at hand; shape and windows come from the shards if there are
+ * any.
+ */
+static lsa_status estimate(const lsa_recipe *r, const char *machine, const char *data, bool json,
+                           lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_machine m;
+    lsa_estimate e;
+    lsa_survey s;
+    LSA_TRY(lsa_machine_parse(&m, machine, err));
+    if (data) {
+        LSA_TRY(lsa_train_survey(&s, r, data, err));
+        m.layers = (double)s.n_layer, m.hidden = (double)s.hidden, m.windows = (double)s.windows,
+        m.chunks = (double)s.chunks;
+    }
+    LSA_TRY(lsa_estimate_make(&e, r, &m, err));
+    if (json) LSA_TRY(lsa_estimate_print_json(&e, &m, err));
+    if (!json) lsa_estimate_print(&e, r, &m);
+done:
+    return st;
+}
+
 static lsa_status cmd_config(int argc, char **argv, lsa_err *err) {
-    const char *recipe = NULL;
+    const char *recipe = NULL, *machine = NULL, *data = NULL;
+    bool json = false;
     lsa_multi set = {0};
     const lsa_opt opts[] = {
         {"recipe", "FILE", LSA_OPT_STR, &recipe, "YAML recipe to resolve"},
         {"set", "KEY=VALUE", LSA_OPT_MULTI, &set, "override a recipe key; may be repeated"},
+        {"estimate", "MACHINE", LSA_OPT_STR, &machine,
+         "instead: time of a step, share of communication and hours on MACHINE, such as gpus=8,nodes=1; more keys: nvlink, net, copy "
+         "(GB/s), bf16 (TFLOP/s), and without --data: hidden, layers, chunks, windows (of one pass)"},
+        {"data", "SHARDS", LSA_OPT_STR, &data, "shard folder that --estimate is for"},
+        {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable estimate"},
         {0}};
     lsa_recipe r;
     char *text = NULL;
     lsa_cli_parse("Print every recipe key with its value, range, default and meaning, as YAML.", "", opts,
                   argc, argv, NULL, 0);
+    if (!machine && (data || json))
+        LSA_RET_FAIL(LSA_E_ARG, "--data and --json go with --estimate; see --help");
     lsa_status st = lsa_recipe_load(&r, lsa_recipe_keys, lsa_recipe_n_key, recipe, set.v, set.n, err);
     if (st == LSA_OK) st = lsa_recipe_check(&r, err);
+    if (st == LSA_OK && machine) return estimate(&r, machine, data, json, err);
     if (st == LSA_OK) st = lsa_recipe_text(&text, &r, lsa_recipe_keys, lsa_recipe_n_key, true, err);
     if (st == LSA_OK) fputs(text, stdout);
     lsa_free(text);
@@ -230,12 +262,13 @@ done:
 }
 
 int main(int argc, char **argv) {
-    static const lsa_subcommand subs[] = {{"run", "train in a fresh run folder", cmd_run},
-                                          {"resume", "go on with an interrupted run", cmd_resume},
-                                          {"eval", "evaluate a checkpoint", cmd_eval},
-                                          {"bench", "measure the GPU step", cmd_bench},
-                                          {"config", "print or check a recipe", cmd_config},
-                                          {0}};
+    static const lsa_subcommand subs[] = {
+        {"run", "train in a fresh run folder", cmd_run},
+        {"resume", "go on with an interrupted run", cmd_resume},
+        {"eval", "evaluate a checkpoint", cmd_eval},
+        {"bench", "measure the GPU step", cmd_bench},
+        {"config", "print or check a recipe, or estimate its cost", cmd_config},
+        {0}};
     lsa_h5_init();
     return lsa_cli_main("lsa-train", "train the memory indexer of Lookahead Sparse Attention", subs, argc,
                         argv);

@@ -95,7 +95,7 @@ static lsa_status count_windows(lsa_measure *m, const char *data, lsa_err *err) 
         m->info.windows += n;
         if (n == 0) continue;
         m->info.longest_tokens = lsa_max_i64(m->info.longest_tokens, x.n_token);
-        m->info.longest = lsa_max_i64(m->info.longest, (x.n_row / m->r.tau - 1) * m->r.tau / LSA_CHUNK);
+        m->info.longest = lsa_max_i64(m->info.longest, (x.n_token / m->r.tau - 1) * m->r.tau / LSA_CHUNK);
     }
     if (m->info.windows == 0)
         LSA_FAIL(LSA_E_CONFIG,

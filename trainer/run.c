@@ -17,6 +17,7 @@
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
+#include "kernels/core/num.h"
 #include "trainer/device.h"
 #include "trainer/resident.h"
 #include "trainer/saver.h"
@@ -696,5 +697,31 @@ done:
     lsa_source_close(source);
     lsa_ctx_destroy(ctx);
     lsa_ckpt_fini(&c);
+    return st;
+}
+
+lsa_status lsa_train_survey(lsa_survey *out, const lsa_recipe *r, const char *data, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_source *source = NULL;
+    lsa_shards_info f;
+    lsa_indexer_geom g;
+    double chunks = 0;
+    LSA_TRY(shards_info(&f, data, err));
+    LSA_TRY(make_geom(&g, r, &f, err));
+    LSA_TRY(lsa_source_open(&source, data, r, &g, false, err));
+    *out = (lsa_survey){.n_layer = g.n_layer, .hidden = g.hidden};
+    for (int64_t d = 0; d < lsa_source_n_train(source); d++) {
+        int64_t n;
+        LSA_TRY(lsa_source_n_window(&n, source, d, err));
+        const int64_t tokens = lsa_shards_get_doc(lsa_source_shards(source), d).n_token;
+        out->windows += n;
+        chunks += 0.5 * (double)n * (double)lsa_evictable(tokens, r->exclude_resident ? r->tail : 0);
+    }
+    if (out->windows == 0)
+        LSA_FAIL(LSA_E_CONFIG,
+                 "'%s' has no window for this recipe: its documents are shorter than window + tail", data);
+    out->chunks = lsa_max_i64(1, (int64_t)(chunks / (double)out->windows));
+done:
+    lsa_source_close(source);
     return st;
 }

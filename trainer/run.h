@@ -20,4 +20,12 @@ LSA_NODISCARD lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char
                                         bool val_only, const char *device, const char *const *set, int n_set,
                                         lsa_comm *comm, lsa_err *err);
 
+/* How much a shard folder gives a recipe to do. chunks: candidates of a window, on average over windows, as
+ * if they were spread evenly over their documents (sample.candidates: all). */
+typedef struct lsa_survey {
+    int64_t n_layer, hidden, windows, chunks;
+} lsa_survey;
+LSA_NODISCARD lsa_status lsa_train_survey(lsa_survey *out, const lsa_recipe *r, const char *data,
+                                          lsa_err *err);
+
 #endif

@@ -45,8 +45,15 @@ lsa_status lsa_source_open(lsa_source **out, const char *dir, const lsa_recipe *
             LSA_FAIL(LSA_E_CONFIG, "the shards hold no keys and hidden vectors of CSA layer %d (layer id %d)",
                      geom->ord[l].v, geom->id[l].v);
     if (need_mass && r->target == LSA_TARGET_NATIVE && !f->has_stats)
-        LSA_FAIL(LSA_E_CONFIG,
-                 "the shards hold no /stats (dumped with --no-stats): KL and captured mass need them");
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "the shards hold no /stats (imported, or dumped with --no-stats), which loss.kind kl and eval.metric captured need; "
+            "train on votes: loss.kind focal or bce with loss.on layer and eval.metric f1, or recipes/reference.yaml");
+    if (r->min_layers < f->label_min_votes)
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "sample.min_layers is %lld, but the shards hold only chunks with at least %d votes (imported); set it to %d or more",
+            (long long)r->min_layers, f->label_min_votes, f->label_min_votes);
     if (need_mass && r->target == LSA_TARGET_DENSE && !f->has_dense)
         LSA_FAIL(LSA_E_CONFIG, "loss.target dense needs shards dumped with --dense-every");
     if (r->mode == LSA_MODE_REFERENCE && f->hidden_stride != 1)
@@ -114,9 +121,16 @@ static int64_t first_start(const lsa_recipe *r) {
     return s;
 }
 
+/* The same for a document whose rows begin at first_position: the query token must be one of them. */
+static int64_t doc_start(const lsa_recipe *r, const lsa_shards_doc *d) {
+    const int64_t s = first_start(r), late = d->first_position + 1 - s;
+    return late > 0 ? s + lsa_ceil_div(late, r->stride) * r->stride : s;
+}
+
 static int64_t lookahead_windows(const lsa_recipe *r, const lsa_shards_doc *d) {
-    const int64_t first = first_start(r), last = d->n_row - r->tau; /* windows cut by the end are dropped */
-    return d->first_position != 0 || last < first ? 0 : (last - first) / r->stride + 1;
+    const int64_t first = doc_start(r, d),
+                  last = d->first_position + d->n_row - r->tau; /* windows cut by the end are dropped */
+    return last < first ? 0 : (last - first) / r->stride + 1;
 }
 
 /* Tokens of a document whose window holds a golden chunk (notes 7.1). */
@@ -252,19 +266,19 @@ lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc
     const lsa_recipe *r = s->r;
     const int64_t stride = lsa_shards_get_info(s->shards)->hidden_stride;
     if (r->mode == LSA_MODE_REFERENCE) {
-        w->start = s->ref_start[d->doc][i];
-        w->end = lsa_min_i64(w->start + r->tau, d->info.n_row);
+        w->start = d->info.first_position + s->ref_start[d->doc][i];
+        w->end = lsa_min_i64(w->start + r->tau, d->info.first_position + d->info.n_row);
         w->query = w->start;
         w->n_cand = d->info.n_key; /* future chunks included: notes D4 */
     } else {
-        w->start = first_start(r) + i * r->stride;
+        w->start = doc_start(r, &d->info) + i * r->stride;
         w->end = w->start + r->tau;
         w->query = w->start - 1;
         w->n_cand = !r->causal            ? d->info.n_key
                     : r->exclude_resident ? lsa_evictable(w->start, r->tail)
                                           : w->start / LSA_CHUNK;
     }
-    w->hidden_row = (w->query + 1) / stride - 1;
+    w->hidden_row = (w->query + 1) / stride - 1 - d->info.first_position / stride;
     if (w->hidden_row < 0 || w->hidden_row >= d->info.n_hidden || d->hidden_pos[w->hidden_row] != w->query ||
         w->n_cand > d->info.n_key)
         LSA_RET_FAIL(
@@ -275,17 +289,18 @@ lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc
 }
 
 /* mass[c] = what the rows of the window hold on chunk c, over all layers, in row order within a layer. */
-static void sum_mass(float *mass, const lsa_csr *layer, const lsa_window *w) {
+static void sum_mass(float *mass, const lsa_csr *layer, const lsa_train_doc *d, const lsa_window *w) {
+    const int64_t start = w->start - d->info.first_position, end = w->end - d->info.first_position;
     memset(mass, 0, (size_t)w->n_cand * sizeof *mass);
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) {
         const lsa_csr *m = &layer[o];
         if (m->n_row == 0) continue;
-        int64_t a = w->start, b = w->end;
+        int64_t a = start, b = end;
         if (m->row) { /* sampled rows only */
             a = 0;
-            while (a < m->n_row && m->row[a] < w->start) a++;
+            while (a < m->n_row && m->row[a] < start) a++;
             b = a;
-            while (b < m->n_row && m->row[b] < w->end) b++;
+            while (b < m->n_row && m->row[b] < end) b++;
         }
         for (int64_t j = m->begin[a]; j < m->begin[b]; j++)
             if (m->chunk[j] < w->n_cand) mass[m->chunk[j]] += lsa_f16_to_f32(m->mass[j]);
@@ -296,17 +311,18 @@ void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const ls
                       const lsa_window *w) {
     if (votes) {
         memset(votes, 0, (size_t)w->n_cand);
-        for (int64_t j = d->labels.begin[w->start]; j < d->labels.begin[w->end]; j++) {
+        const int64_t row = d->info.first_position;
+        for (int64_t j = d->labels.begin[w->start - row]; j < d->labels.begin[w->end - row]; j++) {
             const int32_t c = d->labels.chunk[j];
             const uint8_t v = d->labels.votes[j];
             if (c < w->n_cand && v >= s->r->min_layers && v > votes[c]) votes[c] = v;
         }
     }
-    if (mass) sum_mass(mass, d->mass, w);
+    if (mass) sum_mass(mass, d->mass, d, w);
 }
 
 void lsa_window_native(float *mass, const lsa_train_doc *d, const lsa_window *w) {
     bool apart = false;
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) apart = apart || d->native[o].n_row > 0;
-    sum_mass(mass, apart ? d->native : d->mass, w);
+    sum_mass(mass, apart ? d->native : d->mass, d, w);
 }

@@ -4,12 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/dump/import.h"
+#include "data/dump/inputs.h"
+#include "data/dump/recheck.h"
 #include "data/dump/run.h"
 #include "data/dump/synth.h"
 #include "data/h5.h"
 #include "kernels/core/cli.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
+#include "kernels/core/num.h"
 
 /* Options of run and plan; teacher, tokens and out are required. */
 #define DUMP_OPTS(o)                                                                                         \
@@ -35,6 +39,8 @@
          "dense entries below this are summed into 'rest' (default 1e-4)"},                                  \
         {"shard-bytes", "SIZE", LSA_OPT_SIZE, &(o).shard_bytes,                                              \
          "a shard closes at the first document end past this size (default 256M)"},                          \
+        {"host-budget", "SIZE", LSA_OPT_SIZE, &(o).host_budget,                                              \
+         "refuse what may need more host memory (default: this machine's)"},                                 \
         {"sim-fp8", NULL, LSA_OPT_FLAG, &(o).sim_fp8, "simulate the fp8 KV cache"}, {                        \
         "sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"                              \
     }
@@ -45,13 +51,6 @@ static lsa_status check_device(const char *device, lsa_err *err) {
                      "--device %s: the teacher runs on the CPU only in this version; use --device cpu",
                      device);
     return LSA_OK;
-}
-
-static void print_plan_json(const lsa_dump_plan *p) {
-    printf(
-        "{\"documents\": %lld, \"tokens\": %lld, \"longest\": %lld, \"disk_bytes\": %lld, \"disk_free\": %lld, \"host_bytes\": %lld, \"tokens_per_s\": %.1f, \"seconds\": %.1f}\n",
-        (long long)p->documents, (long long)p->tokens, (long long)p->longest, (long long)p->disk_bytes,
-        (long long)p->disk_free, (long long)p->host_bytes, p->tokens_per_s, p->seconds);
 }
 
 static lsa_status need_inputs(const lsa_dump_opts *o, const char *out, lsa_err *err) {
@@ -77,39 +76,69 @@ static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
     lsa_status st = need_inputs(&o, out, err);
     if (st == LSA_OK) st = check_device(device, err);
     if (st == LSA_OK) st = lsa_dump_run(&o, out, dry, &plan, err);
-    if (st == LSA_OK && json) print_plan_json(&plan);
+    if (st == LSA_OK && json) st = lsa_dump_print_plan_json(&plan, true, err);
     return st;
 }
 
 static lsa_status cmd_plan(int argc, char **argv, lsa_err *err) {
     lsa_dump_opts o = lsa_dump_defaults();
-    const char *out = ".";
+    const char *out = ".", *lengths = NULL;
     bool json = false;
     const lsa_opt opts[] = {
         DUMP_OPTS(o),
+        {"lengths", "LIST", LSA_OPT_STR, &lengths,
+         "instead of --tokens: how many documents of how many tokens, like 200x16384,8x1048576"},
         {"out", "SHARDS", LSA_OPT_STR, &out, "folder whose disk is checked (default: here)"},
         {"json", NULL, LSA_OPT_FLAG, &json, "machine-readable"},
         {0}};
-    lsa_dump_plan plan;
     lsa_cli_parse(
-        "Say what a dump will take, from config.json and the documents; nothing is loaded or written.", "",
-        opts, argc, argv, NULL, 0);
-    lsa_status st = need_inputs(&o, out, err);
-    if (st == LSA_OK) st = lsa_dump_make_plan(&plan, &o, out, err);
-    if (st != LSA_OK) return st;
-    if (json)
-        print_plan_json(&plan);
-    else
-        lsa_dump_print_plan(&plan);
-    return st;
+        "Say what a dump will take, from config.json and the documents, and refuse what does not fit. Nothing is written; weights are loaded only to measure the speed, if they are there.",
+        "", opts, argc, argv, NULL, 0);
+    if (!o.teacher || !o.tokens == !lengths)
+        LSA_RET_FAIL(LSA_E_ARG, "--teacher and one of --tokens and --lengths are required; see --help");
+    if (lengths && (o.needs || o.documents))
+        LSA_RET_FAIL(LSA_E_ARG, "--needs and --documents belong to --tokens, not to --lengths");
+    return lsa_dump_plan_command(&o, lengths, out, json, err);
 }
 
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
     const char *dir;
     const lsa_opt opts[] = {{0}};
-    lsa_cli_parse("Go on with an interrupted dump from its last sealed shard.", "SHARDS", opts, argc, argv,
-                  &dir, 1);
-    return lsa_dump_resume(dir, err);
+    bool imported;
+    lsa_cli_parse("Go on with an interrupted dump or import from its last sealed shard.", "SHARDS", opts,
+                  argc, argv, &dir, 1);
+    const lsa_status st = lsa_import_made(&imported, dir, err);
+    if (st != LSA_OK) return st;
+    return imported ? lsa_import_resume(dir, err) : lsa_dump_resume(dir, err);
+}
+
+static lsa_status cmd_import(int argc, char **argv, lsa_err *err) {
+    lsa_import_opts o = lsa_import_defaults();
+    const char *out = NULL;
+    const lsa_opt opts[] = {
+        {"from", "SOURCE", LSA_OPT_MULTI, &o.from,
+         "folder of FlashMemory doc_*.pkl, one such file, or an lsa-import/1 .jsonl; may be repeated"},
+        {"teacher", "DIR", LSA_OPT_STR, &o.teacher,
+         "folder with config.json of the recorded model (its weights are not needed)"},
+        {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
+        {"top-p", "P", LSA_OPT_F64, &o.top_p, "label rule of recorded votes: prefix mass (default 0.6)"},
+        {"pool", "N", LSA_OPT_I64, &o.pool, "label rule of recorded votes: pool (default: index_topk)"},
+        {"min-votes", "N", LSA_OPT_I64, &o.min_votes,
+         "label rule of recorded votes: chunks with fewer were not recorded (default 3)"},
+        {"hidden-stride", "N", LSA_OPT_I64, &o.hidden_stride,
+         "keep hidden vectors of every Nth token (default 1, what reference mode needs)"},
+        {"skip-bad", NULL, LSA_OPT_FLAG, &o.skip_bad,
+         "leave out documents that fail a check, naming each, instead of stopping at the first"},
+        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &o.shard_bytes, "as in run (default 256M)"},
+        {0}};
+    lsa_cli_parse(
+        "Make shards of what other tools recorded: FlashMemory pickles (read without Python, nothing in them is "
+        "run), or engine responses laid out as data/IMPORT_FORMAT.md says. They hold votes, not /stats: train on "
+        "them with recipes/reference.yaml, or with loss.kind focal or bce.",
+        "", opts, argc, argv, NULL, 0);
+    if (o.from.n == 0 || !o.teacher || !out)
+        LSA_RET_FAIL(LSA_E_ARG, "--from, --teacher and --out are required; see --help");
+    return lsa_import_run(&o, out, err);
 }
 
 static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
@@ -135,17 +164,35 @@ static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
 
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
     const char *dir;
-    const lsa_opt opts[] = {{0}};
+    lsa_recheck_opts o = {.seed = -1};
+    lsa_manifest m = {0};
+    int64_t values = 0;
+    const lsa_opt opts[] = {
+        {"recheck", "N", LSA_OPT_I64, &o.n,
+         "also read N random documents through the teacher again and compare every stored number, bit for bit"},
+        {"seed", "N", LSA_OPT_I64, &o.seed, "which documents --recheck draws (default 1)"},
+        {"teacher", "DIR", LSA_OPT_STR, &o.teacher, "for --recheck, if the teacher was moved since the dump"},
+        {"tokens", "FILE", LSA_OPT_STR, &o.tokens, "the same for the token file"},
+        {"needs", "FILE", LSA_OPT_STR, &o.needs, "the same for the index of planted needs"},
+        {0}};
+    lsa_status st = LSA_OK;
     lsa_cli_parse(
         "Check a shard folder whole: hashes, structure, ranges, and native logits recomputed from the stored keys.",
         "SHARDS", opts, argc, argv, &dir, 1);
-    lsa_manifest m;
-    lsa_status st = lsa_shards_verify(dir, err);
-    if (st == LSA_OK) st = lsa_manifest_load(&m, dir, err);
-    if (st != LSA_OK) return st;
+    if (o.n < 0) LSA_FAIL(LSA_E_ARG, "--recheck must not be negative");
+    if (o.n == 0 && (o.seed >= 0 || o.teacher || o.tokens || o.needs))
+        LSA_FAIL(LSA_E_ARG, "--seed, --teacher, --tokens and --needs belong to --recheck N");
+    if (o.seed < 0) o.seed = 1;
+    LSA_TRY(lsa_shards_verify(dir, err));
+    LSA_TRY(lsa_manifest_load(&m, dir, err));
     printf("ok: %lld shards, %lld documents, %lld tokens%s\n", (long long)m.info.n_shard,
            (long long)m.info.n_doc, (long long)m.info.n_token,
            m.complete ? "" : " (incomplete: 'lsa-dump resume' goes on)");
+    if (o.n == 0) goto done;
+    LSA_TRY(lsa_dump_recheck(&values, dir, &o, err));
+    printf("ok: %lld documents (seed %lld) read again: %lld stored values equal, bit for bit\n",
+           (long long)lsa_min_i64(o.n, m.info.n_doc), (long long)o.seed, (long long)values);
+done:
     lsa_manifest_fini(&m);
     return st;
 }
@@ -162,12 +209,12 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < m.shard.len; i++) bytes += m.shard.data[i].bytes;
     if (json) {
-        json_t *o = json_pack("{s:s, s:b, s:I, s:I, s:I, s:I, s:i, s:i, s:i, s:b, s:b, s:f, s:i}", "teacher",
-                              f->teacher, "complete", m.complete, "shards", (json_int_t)f->n_shard,
+        json_t *o = json_pack("{s:s, s:b, s:I, s:I, s:I, s:I, s:i, s:i, s:i, s:b, s:b, s:f, s:i, s:i}",
+                              "teacher", f->teacher, "complete", m.complete, "shards", (json_int_t)f->n_shard,
                               "documents", (json_int_t)f->n_doc, "tokens", (json_int_t)f->n_token, "bytes",
                               (json_int_t)bytes, "csa_layers", f->n_csa, "hidden", f->hidden, "hidden_stride",
                               f->hidden_stride, "has_stats", f->has_stats, "has_dense", f->has_dense, "top_p",
-                              f->label_top_p, "pool", f->label_pool);
+                              f->label_top_p, "pool", f->label_pool, "min_votes", f->label_min_votes);
         char *text = o ? json_dumps(o, 0) : NULL;
         if (text)
             puts(text);
@@ -183,8 +230,15 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
             "teacher    %s (%s)\nstate      %s\nshards     %lld, %.1f MiB\ndocuments  %lld\ntokens     %lld\nhidden     %d wide, every %d tokens\n",
             f->teacher, hex, m.complete ? "complete" : "incomplete", (long long)f->n_shard,
             (double)bytes / 0x1p20, (long long)f->n_doc, (long long)f->n_token, f->hidden, f->hidden_stride);
-        printf("votes      top-p %g over the %d highest logits\nstatistics %s%s\nlayers    ", f->label_top_p,
-               f->label_pool, f->has_stats ? "native" : "none", f->has_dense ? " and dense" : "");
+        printf("votes      top-p %g over the %d highest logits", f->label_top_p, f->label_pool);
+        if (f->label_min_votes > 1) printf(", chunks with at least %d", f->label_min_votes);
+        if (json_object_get(m.run, "import")) {
+            const char *kind = json_string_value(json_object_get(m.run, "hidden"));
+            printf("\nimported   %lld labelled tokens, hidden vectors: %s", (long long)f->n_row,
+                   kind ? kind : "none");
+        }
+        printf("\nstatistics %s%s\nlayers    ", f->has_stats ? "native" : "none",
+               f->has_dense ? " and dense" : "");
         for (int32_t o = 0; o < f->n_csa; o++)
             printf(" c%d=%d%s", o, f->csa_id[o].v, f->has_keys[o] ? "" : " (votes only)");
         printf("\n");
@@ -196,7 +250,8 @@ static lsa_status cmd_info(int argc, char **argv, lsa_err *err) {
 int main(int argc, char **argv) {
     static const lsa_subcommand subs[] = {
         {"run", "read documents through a teacher, write shards", cmd_run},
-        {"resume", "go on with an interrupted run", cmd_resume},
+        {"resume", "go on with an interrupted run or import", cmd_resume},
+        {"import", "make shards of FlashMemory pickles or engine responses", cmd_import},
         {"synth", "shards of a made-up teacher with known golden chunks", cmd_synth},
         {"plan", "what a run will take", cmd_plan},
         {"verify", "check a shard folder", cmd_verify},

@@ -5,6 +5,7 @@
  * s-1). */
 #include "data/dump/tap.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -272,6 +273,43 @@ done:
     return st;
 }
 
+static bool bf16_finite(const uint16_t *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if ((x[i] & 0x7f80u) == 0x7f80u) return false;
+    return true;
+}
+static bool f16_finite(const uint16_t *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if ((x[i] & 0x7c00u) == 0x7c00u) return false;
+    return true;
+}
+
+/* Sound weights can still overflow on the way; such a document must not be sealed. */
+static lsa_status check_finite(const lsa_doc_stats *x, const lsa_tap_state *t, lsa_err *err) {
+    for (int32_t o = 0; o < t->c->n_csa; o++) {
+        const char *what = NULL;
+        if (x->hidden[o] && !bf16_finite(x->hidden[o], x->n_hidden * t->c->hidden)) what = "a hidden vector";
+        if (x->stats[o].n_entry && !f16_finite(x->stats[o].logit, x->stats[o].n_entry))
+            what = "a native logit"; /* or one beyond f16 */
+        if (x->stats[o].n_entry && !f16_finite(x->stats[o].mass, x->stats[o].n_entry)) what = "a mass";
+        if (x->local_mass[o] &&
+            (!f16_finite(x->local_mass[o], x->n_token) || !f16_finite(x->sink_mass[o], x->n_token)))
+            what = "the mass of the window or the sink";
+        for (int64_t i = 0; x->key[o] && i < x->n_key; i++) {
+            float scale;
+            memcpy(&scale, x->key[o] + i * LSA_KEY_BYTES + 128, sizeof scale);
+            if (!isfinite(scale)) what = "an index key";
+        }
+        if (what)
+            LSA_RET_FAIL(
+                LSA_E_NUMERIC,
+                "document '%s': %s of layer %d (c%d) is not finite; the teacher's weights are unsound, "
+                "nothing of this document is sealed",
+                x->name, what, t->c->csa_id[o].v, o);
+    }
+    return LSA_OK;
+}
+
 #define TAKE(dst, src) ((dst) = (src), (src) = NULL)
 
 lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc,
@@ -309,7 +347,28 @@ lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_sessio
         TAKE(out->probe_iw[o], l->iw);
         TAKE(out->probe_logit[o], l->plogit);
     }
+    LSA_TRY(check_finite(out, t, err));
 done:
     if (st != LSA_OK) lsa_doc_stats_fini(out);
+    return st;
+}
+
+lsa_status lsa_tap_document(lsa_doc_stats *out, lsa_session *s, const lsa_teacher_config *c,
+                            const lsa_dump_rule *rule, const lsa_doc *doc, bool probe,
+                            lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                            lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_tap_state *t = NULL;
+    LSA_TRY(lsa_tap_begin(&t, c, rule, doc->n_token, probe, err));
+    const lsa_taps taps = lsa_tap_callbacks(t);
+    lsa_session_reset(s);
+    for (int64_t at = 0; at < doc->n_token; at += LSA_TAP_CHUNK) {
+        const int64_t n = lsa_min_i64(LSA_TAP_CHUNK, doc->n_token - at);
+        LSA_TRY(lsa_session_forward(s, doc->token + at, n, NULL, false, &taps, err));
+        if (step) LSA_TRY(step(user, n, err));
+    }
+    LSA_TRY(lsa_tap_finish(out, t, s, doc, err));
+done:
+    lsa_tap_end(t);
     return st;
 }

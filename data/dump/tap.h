@@ -15,6 +15,15 @@ typedef struct lsa_dump_rule {
     double dense_min;    /* entries below go into `rest` */
 } lsa_dump_rule;
 
+#define LSA_TAP_CHUNK 1024 /* tokens of a forward call; another number rounds differently */
+
+/* Reads one document through `s` (reset first) and gathers its statistics. step (may be NULL) is called after
+ * every chunk of n tokens; its error ends the reading. LSA_E_NUMERIC for a result that is not finite. */
+LSA_NODISCARD lsa_status lsa_tap_document(lsa_doc_stats *out, lsa_session *s, const lsa_teacher_config *c,
+                                          const lsa_dump_rule *rule, const lsa_doc *doc, bool probe,
+                                          lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                                          lsa_err *err);
+
 typedef struct lsa_tap_state lsa_tap_state;
 
 /* Memory for a document of n_token tokens. probe: record probe rows. */

@@ -2,8 +2,10 @@
  * that another program is named before its messages are misread), then the side channel. */
 #include "kernels/comm/comm.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kernels/comm/table.h"
@@ -28,6 +30,62 @@ static lsa_status choose(bool *mpi, const lsa_comm_opts *o, lsa_err *err) {
     return LSA_OK;
 }
 
+/* ---- meeting: until the side channel stands nobody watches, and MPI waits for ever ---- */
+
+typedef struct meeting {
+    const lsa_comm_opts *o;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool watched, met;
+} meeting;
+
+static void *watch(void *arg) {
+    meeting *const m = arg;
+    const double limit = LSA_COMM_MEET * m->o->deadline_s;
+    struct timespec until;
+    bool late = false;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += (time_t)limit;
+    pthread_mutex_lock(&m->lock);
+    while (!m->met && !late) late = pthread_cond_timedwait(&m->changed, &m->lock, &until) != 0;
+    late = late && !m->met;
+    pthread_mutex_unlock(&m->lock);
+    if (late) {
+        lsa_err why = {0};
+        char host[64] = "?";
+        gethostname(host, sizeof host - 1);
+        lsa_err_set(
+            &why, LSA_E_COMM, __FILE__, __LINE__,
+            "rank %d of %d (%s, started by %s) has not met the others within %.0f s: one of them has not started, or MPI's network does "
+            "not reach it (with Open MPI: OMPI_MCA_btl_tcp_if_include names the interface); --deadline raises this limit",
+            m->o->launch.rank, m->o->launch.size, host, m->o->launch.by, limit);
+        m->o->stuck(&why);
+    }
+    return NULL;
+}
+
+/* Without the thread opening goes on unwatched. */
+static void meeting_begin(meeting *m, const lsa_comm_opts *o) {
+    pthread_condattr_t a;
+    *m = (meeting){.o = o};
+    pthread_mutex_init(&m->lock, NULL);
+    pthread_condattr_init(&a);
+    pthread_condattr_setclock(&a, CLOCK_MONOTONIC);
+    pthread_cond_init(&m->changed, &a);
+    pthread_condattr_destroy(&a);
+    m->watched = o->stuck && pthread_create(&m->thread, NULL, watch, m) == 0;
+}
+static void meeting_end(meeting *m) {
+    pthread_mutex_lock(&m->lock);
+    m->met = true;
+    pthread_cond_signal(&m->changed);
+    pthread_mutex_unlock(&m->lock);
+    if (m->watched) pthread_join(m->thread, NULL);
+    pthread_cond_destroy(&m->changed);
+    pthread_mutex_destroy(&m->lock);
+}
+
 static lsa_status open_beat(lsa_comm *c, const lsa_comm_opts *o, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_beat_address where = {0};
@@ -35,6 +93,18 @@ static lsa_status open_beat(lsa_comm *c, const lsa_comm_opts *o, lsa_err *err) {
     LSA_TRY(lsa_comm_broadcast(c, &where, sizeof where, err));
     if (c->rank > 0) LSA_TRY(lsa_beat_join(&c->beat, &where, c->rank, c->size, c->deadline_s, o->stuck, err));
     LSA_TRY(lsa_comm_barrier(c, err));
+done:
+    return st;
+}
+
+static lsa_status meet(lsa_comm *c, const lsa_comm_opts *o, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const char *v = lsa_version_text();
+    LSA_TRY(lsa_comm_mpi_open(c, err));
+    if (o->launch.local_rank >= 0) c->local_rank = o->launch.local_rank;
+    LSA_TRY(lsa_comm_agree(c, "the program (version, commit or features)", lsa_xxh64(v, strlen(v)),
+                           LSA_E_CONFIG, err));
+    if (c->size > 1) LSA_TRY(open_beat(c, o, err));
 done:
     return st;
 }
@@ -51,12 +121,11 @@ lsa_status lsa_comm_open(lsa_comm **out, const lsa_comm_opts *o, lsa_err *err) {
     c->local_rank = o->launch.local_rank > 0 ? o->launch.local_rank : 0;
     c->deadline_s = o->deadline_s;
     if (mpi) {
-        const char *v = lsa_version_text();
-        LSA_TRY(lsa_comm_mpi_open(c, err));
-        if (o->launch.local_rank >= 0) c->local_rank = o->launch.local_rank;
-        LSA_TRY(lsa_comm_agree(c, "the program (version, commit or features)", lsa_xxh64(v, strlen(v)),
-                               LSA_E_CONFIG, err));
-        if (c->size > 1) LSA_TRY(open_beat(c, o, err));
+        meeting m;
+        meeting_begin(&m, o);
+        st = meet(c, o, err);
+        meeting_end(&m);
+        if (st != LSA_OK) goto done;
     }
     snprintf(c->text, sizeof c->text, "%d rank%s over %s", c->size, c->size > 1 ? "s" : "", c->t->name);
     *out = c;

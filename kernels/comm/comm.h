@@ -20,12 +20,15 @@
 
 typedef struct lsa_comm lsa_comm;
 
+enum { LSA_COMM_MEET = 6 }; /* opening may take so many deadlines: large jobs start slowly */
+
 typedef struct lsa_comm_opts {
     const char *ranks; /* "auto": mpi if an MPI launcher started more than one rank; or "self", "mpi" */
     double deadline_s; /* see above; at least 1 */
     lsa_launch launch;
     /* Called by a watching thread when another rank has failed and the caller, deep in its own work, has not
-     * noticed for half a second: report and leave; must not return. */
+     * noticed for half a second, or when the ranks do not meet: report and leave; must not return. NULL: the
+     * meeting is not watched. */
     void (*stuck)(const lsa_err *err);
 } lsa_comm_opts;
 

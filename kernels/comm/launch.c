@@ -48,6 +48,45 @@ done:
     return st;
 }
 
+/* A launcher's rank without its size would start as a run of one rank, once for every process. The other way
+ * round is no mistake: every Slurm step has a size. */
+static lsa_status half_mpi(const char *(*get)(const char *), lsa_err *err) {
+    for (size_t i = 0; i < sizeof TABLE / sizeof *TABLE; i++) {
+        const names *const n = &TABLE[i];
+        if (get(n->rank) && !get(n->size))
+            LSA_RET_FAIL(
+                LSA_E_ARG,
+                "%s is set but %s is not: the variables of %s are incomplete; hand on its whole environment, or unset %s",
+                n->rank, n->size, n->by, n->rank);
+    }
+    return LSA_OK;
+}
+
+/* torchrun's variables without the rank or the size. They matter only where nobody else says how many ranks
+ * there are, or says another number: a lone WORLD_SIZE is what scripts export for other trainers. */
+static lsa_status half_torch(const lsa_launch *o, bool found, const char *(*get)(const char *),
+                             lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const char *const rank = get(TORCH.rank), *const size = get(TORCH.size);
+    int n = 1;
+    if (rank && !size && get("MASTER_ADDR"))
+        LSA_FAIL(LSA_E_ARG,
+                 "RANK and MASTER_ADDR are set but WORLD_SIZE is not: start all ranks with one launcher");
+    if (!size || rank) goto done;
+    LSA_TRY(number(&n, TORCH.size, size, err));
+    if (found && n != o->size)
+        LSA_FAIL(LSA_E_ARG, "WORLD_SIZE=%d, but %s started %d rank%s: unset WORLD_SIZE or make them equal", n,
+                 o->by, o->size, o->size > 1 ? "s" : "");
+    if (!found && n != 1)
+        LSA_FAIL(
+            LSA_E_ARG,
+            "WORLD_SIZE=%d is set but RANK is not, and no MPI launcher started this process: for %d ranks use 'mpirun -n %d' or "
+            "'srun --mpi=pmix -n %d', for one rank unset WORLD_SIZE",
+            n, n, n, n);
+done:
+    return st;
+}
+
 lsa_status lsa_launch_read(lsa_launch *out, const char *(*get)(const char *name), lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_launch torch;
@@ -56,9 +95,7 @@ lsa_status lsa_launch_read(lsa_launch *out, const char *(*get)(const char *name)
     for (size_t i = 0; i < sizeof TABLE / sizeof *TABLE && !found; i++)
         LSA_TRY(read_one(out, &found, &TABLE[i], get, err));
     LSA_TRY(read_one(&torch, &has_torch, &TORCH, get, err));
-    if (!has_torch && get(TORCH.size) && get("MASTER_ADDR"))
-        LSA_FAIL(LSA_E_ARG,
-                 "WORLD_SIZE and MASTER_ADDR are set but RANK is not: start all ranks with one launcher");
+    LSA_TRY(half_torch(out, found, get, err));
     if (has_torch && found && (torch.rank != out->rank || torch.size != out->size))
         LSA_FAIL(
             LSA_E_ARG,
@@ -71,6 +108,7 @@ lsa_status lsa_launch_read(lsa_launch *out, const char *(*get)(const char *name)
         out->local_rank = torch.local_rank;
     }
     if (found) goto done;
+    LSA_TRY(half_mpi(get, err));
     if (has_torch) {
         *out = torch;
         goto done;

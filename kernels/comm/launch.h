@@ -14,8 +14,9 @@ typedef struct lsa_launch {
     const char *by; /* "mpirun", "srun --mpi=pmix", ..., static */
 } lsa_launch;
 
-/* get: value of a variable or NULL. LSA_E_ARG if variables are incomplete, out of range or contradict each
- * other. Slurm's own numbers are used only beside PMIx's: mpirun inside a Slurm job hands its daemons' on. */
+/* get: value of a variable or NULL. LSA_E_ARG if variables are incomplete (a rank without its size;
+ * WORLD_SIZE above 1 without a rank), out of range or contradict each other. Slurm's own numbers are used
+ * only beside PMIx's: mpirun inside a Slurm job hands its daemons' on. */
 LSA_NODISCARD lsa_status lsa_launch_read(lsa_launch *out, const char *(*get)(const char *name), lsa_err *err);
 
 #endif

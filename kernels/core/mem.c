@@ -1,8 +1,10 @@
 /* Host allocation: see mem.h. Zeroed memory keeps results independent of what the heap held before. */
 #include "kernels/core/mem.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "kernels/core/num.h"
 
@@ -21,6 +23,16 @@ lsa_status lsa_alloc_(void **out, int64_t n, size_t size, const char *what, lsa_
     memset(p, 0, (size_t)bytes);
     *out = p;
     return LSA_OK;
+}
+
+int64_t lsa_host_memory(void) {
+    int64_t n = (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE);
+    long long limit;
+    FILE *f =
+        fopen("/sys/fs/cgroup/memory.max", "re"); /* "max" or a number; the root group has no such file */
+    if (f && fscanf(f, "%lld", &limit) == 1) n = lsa_min_i64(n, limit);
+    if (f) fclose(f);
+    return n;
 }
 
 void lsa_free(void *p) {

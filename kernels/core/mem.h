@@ -11,6 +11,10 @@
 LSA_NODISCARD lsa_status lsa_alloc_(void **out, int64_t n, size_t size, const char *what, lsa_err *err);
 void lsa_free(void *p); /* NULL allowed */
 
+/* Bytes of memory this process may hope for: the machine's, or less if its control group (cgroup v2) says so.
+ */
+int64_t lsa_host_memory(void);
+
 /* LSA_NEW(p, n, err): p = array of n zeroed elements of *p. */
 #define LSA_NEW(p, n, err) lsa_alloc_((void **)&(p), (int64_t)(n), sizeof *(p), #p, (err))
 

@@ -22,7 +22,29 @@ expect 2 "did you mean 'train.steps'" "$bin/lsa-train" config --set train.stesp=
 expect 2 "must be an integer" "$bin/lsa-train" config --set train.steps=1e3
 expect 2 "recipes/reference.yaml" "$bin/lsa-train" config --set train.mode=reference
 
+# config --estimate: every number says where it comes from
+estimate=("$bin/lsa-train" config --recipe recipes/v4-flash-joint8.yaml --estimate)
+expect 0 "339.8 M parameters" "${estimate[@]}" gpus=1,windows=338880
+for what in "AdamW  .*3.550  measured" "one pass over 338880 windows"; do grep -q "$what" "$work/out" || bad "no '$what' in the estimate"; done
+if grep -q "assumed" "$work/out"; then bad "one GPU needs no assumption about communication"; fi
+expect 0 "nothing was measured on several GPUs" "${estimate[@]}" gpus=8 --set optim.zero1=true
+[ "$(grep -c "between GPUs.*assumed" "$work/out")" = 2 ] || bad "communication is not marked as assumed"
+expect 0 "communication_share" "${estimate[@]}" gpus=8 --json
+"$python" - "$work/out" <<'PY' ||
+import json, sys
+e = json.load(open(sys.argv[1]))
+assert e["from"]["reduce"] == "assumed" and 0 < e["communication_share"] < 1
+assert abs(sum(e["ms"].values()) - e["step_ms"]) < 1e-6
+PY
+    bad "config --estimate --json"
+expect 2 "unknown key 'gpu'" "${estimate[@]}" gpu=8
+expect 2 "data.virtual_shards=9" "${estimate[@]}" gpus=3
+expect 2 "go with --estimate" "$bin/lsa-train" config --json
+
 "$bin/lsa-dump" synth --out "$work/shards" --docs 6 --tokens 1024 --layers 3 --seed 5 >/dev/null || bad "synth"
+expect 0 "3 joint layers, 8 heads, rank 32, hidden 64" "$bin/lsa-train" config --recipe recipes/smoke.yaml --data "$work/shards" --estimate gpus=1
+grep -q "one pass over [1-9]" "$work/out" || bad "the estimate does not count the shards' windows"
+expect 2 "no window" "$bin/lsa-train" config --set window.tail=4096 --data "$work/shards" --estimate gpus=1
 run=("$bin/lsa-train" run --recipe recipes/smoke.yaml --data "$work/shards" --device cpu --set train.batch=8)
 printf 'train:\n  stesp: 4\n' >"$work/bad.yaml"
 expect 2 "did you mean 'train.steps'" "$bin/lsa-train" run --recipe "$work/bad.yaml" --data "$work/shards" --out "$work/r0"

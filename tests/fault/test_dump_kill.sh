@@ -33,4 +33,4 @@ command_line() {
 }
 left_behind() { prints "$work/killed"; }
 kill_loop "${LSA_SEED:-20260612}" shards
-"$bin/lsa-dump" verify "$work/killed" >/dev/null
+"$bin/lsa-dump" verify "$work/killed" --recheck 2 >/dev/null

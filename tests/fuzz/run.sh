@@ -24,6 +24,20 @@ $bin/lsa-train run --recipe recipes/smoke.yaml --data "$base/shards" --out "$bas
     --set model.heads=1 --set model.rank=2 --set sample.val_documents=0 --set window.tail=64 >/dev/null 2>&1
 cp -r "$base"/run/ckpt/step_* "$base/ckpt"
 $bin/lsa-export write "$base/run" --out "$base/indexer" --pt-freqs 1 >/dev/null 2>&1
+python=build/venv/bin/python
+[ -x "$python" ] || python=python3
+PYTHONPATH=tests/testkit "$python" - "$base/pkl" <<'PY'
+import os, sys
+import numpy as np
+from safetensors.numpy import save_file
+import flashmemory_pickle as fm
+os.makedirs(sys.argv[1])
+d = {k: v for k, v in fm.document(0, tokens=2, prompt=6).items() if not k.startswith(("logits", "weights"))}
+open(sys.argv[1] + "/doc_00000.pkl", "wb").write(fm.dumps(d))
+keys = {f"index_keys.{o}": d[f"compk_layer_{o}"] for o in fm.LAYERS}
+save_file({"indexer_topk": np.zeros((2, 3, 1), np.int32), "hidden_states": np.ones((2, 2, fm.HIDDEN), np.float16), "token_ids": np.arange(8), **keys},
+          sys.argv[1] + "/line.safetensors")
+PY
 corpus() { # target: prints its seed folder
     local d=build/fuzz/corpus/$1
     mkdir -p "$d"
@@ -34,6 +48,9 @@ corpus() { # target: prints its seed folder
         cp "$base/indexer/indexer.pt" "$d"
         python3 -c 'import sys, zipfile; open(sys.argv[2], "wb").write(zipfile.ZipFile(sys.argv[1]).read("indexer/data.pkl"))' \
             "$base/indexer/indexer.pt" "$d/pickle" ;;
+    fuzz_import)
+        { printf '\x00'; cat "$base/pkl/doc_00000.pkl"; } >"$d/pickle"
+        { printf '\x01'; cat "$base/pkl/line.safetensors"; } >"$d/line" ;;
     fuzz_manifest) cp "$base/shards/manifest.json" "$d" ;;
     fuzz_ckpt)
         { printf '\x02'; cat "$base/ckpt/state.json"; } >"$d/state"

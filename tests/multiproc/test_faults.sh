@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What ends one rank ends all, names it and loses no checkpoint. On 4 ranks, at seeded moments: kill -9 of each rank in turn, SIGSTOP of each,
-# SIGTERM of one, a full disk at rank 0, a rank with another recipe, other data, another program; a damaged checkpoint at resume. After each:
+# SIGTERM of one, a full disk at rank 0, a rank that never begins, or has another recipe, other data, another program; a damaged checkpoint at resume. After each:
 # the exit code, the message, how long it took (30 s at most), nothing left running, and a resume that ends at the bytes of the
 # run that nobody disturbed.
 #   LSA_FAULTS=N   rounds of kills and stops (default 1; 50 by hand)      LSA_SEED=N   another sequence
@@ -100,6 +100,15 @@ goes_on "disk full"
 printf 'XX' | dd of="$work/run/ckpt/step_00000400/optim.safetensors" bs=1 seek=2000 conv=notrunc 2>/dev/null
 goes_on "damaged checkpoint"
 says "optim.safetensors.*going on from .*step_00000380' instead"
+
+# a rank that never begins: the others say so after six deadlines instead of waiting in MPI for ever
+printf '#!/usr/bin/env bash\n[ "$OMPI_COMM_WORLD_RANK" != 1 ] || exec sleep 60\nexec "$@"\n' >"$work/late"
+chmod +x "$work/late"
+rm -rf "$work/run"
+rc=0 t=$SECONDS
+launch 2 "$work/late" "$bin/lsa-train" run "${opts[@]}" --deadline 1 --out "$work/run" >"$work/log" 2>&1 || rc=$?
+[ $rc = 1 ] && [ $((SECONDS - t)) -le 25 ] || { bad "a rank that never begins: exit $rc after $((SECONDS - t)) s"; cat "$work/log"; }
+says "rank 0 of 2 \(.*, started by mpirun .*\) has not met the others within 6 s"
 
 # one rank is not like the others: nobody begins
 differs() { # text; the launcher script is in $work/odd

@@ -15,6 +15,7 @@
 #include "kernels/core/rng.h"
 
 const int64_t hand_tokens[HAND_DOCS] = {640, 700, 3, 333, 512};
+int64_t hand_first[HAND_DOCS];
 
 /* The truth: votes[doc][token][chunk] and mass[doc][layer][token][chunk]. */
 static uint8_t g_votes[HAND_DOCS][HAND_LONGEST][HAND_LONGEST / 4];
@@ -41,20 +42,21 @@ static void csr_room(lsa_csr *c, int64_t rows, bool labels) {
 }
 
 static void make_doc(lsa_doc_stats *d, int64_t doc, int64_t stride) {
-    const int64_t T = hand_tokens[doc];
+    const int64_t T = hand_tokens[doc], first = hand_first[doc];
     lsa_rng r = lsa_rng_make(31, (uint64_t)doc);
     memset(d, 0, sizeof *d);
     snprintf(d->name, sizeof d->name, "hand:%lld", (long long)doc);
     d->n_token = T;
     d->n_key = T / 4;
-    d->n_hidden = T / stride;
-    csr_room(&d->labels, T, true);
+    d->first_position = first;
+    d->n_hidden = T / stride - first / stride;
+    csr_room(&d->labels, T - first, true);
     for (int32_t l = 0; l < HAND_LAYERS; l++) {
         assert_int_equal(LSA_NEW(d->key[l], d->n_key * LSA_KEY_BYTES, NULL), LSA_OK);
         assert_int_equal(LSA_NEW(d->hidden[l], d->n_hidden * HAND_HIDDEN, NULL), LSA_OK);
-        assert_int_equal(LSA_NEW(d->local_mass[l], T, NULL), LSA_OK);
-        assert_int_equal(LSA_NEW(d->sink_mass[l], T, NULL), LSA_OK);
-        csr_room(&d->stats[l], T, false);
+        assert_int_equal(LSA_NEW(d->local_mass[l], T - first, NULL), LSA_OK);
+        assert_int_equal(LSA_NEW(d->sink_mass[l], T - first, NULL), LSA_OK);
+        csr_room(&d->stats[l], T - first, false);
         for (int64_t c = 0; c < d->n_key; c++) { /* the first two codes name document, layer and chunk */
             uint8_t *key = d->key[l] + c * LSA_KEY_BYTES;
             const float scale = 1;
@@ -67,22 +69,25 @@ static void make_doc(lsa_doc_stats *d, int64_t doc, int64_t stride) {
             for (int64_t j = 0; j < HAND_HIDDEN; j++)
                 d->hidden[l][i * HAND_HIDDEN + j] = lsa_f32_to_bf16((float)(j == 0   ? doc
                                                                             : j == 1 ? l
-                                                                            : j == 2 ? i
+                                                                            : j == 2 ? first / stride + i
                                                                                      : 0));
     }
-    for (int64_t t = 0; t < T; t++) {
-        d->labels.begin[t + 1] = d->labels.n_entry;
-        for (int32_t l = 0; l < HAND_LAYERS; l++) d->stats[l].begin[t + 1] = d->stats[l].n_entry;
+    memset(g_votes[doc], 0, sizeof g_votes[doc]);
+    for (int l = 0; l < HAND_LAYERS; l++) memset(g_mass[doc][l], 0, sizeof g_mass[doc][l]);
+    for (int64_t t = first; t < T; t++) {
+        const int64_t row = t - first;
+        d->labels.begin[row + 1] = d->labels.n_entry;
+        for (int32_t l = 0; l < HAND_LAYERS; l++) d->stats[l].begin[row + 1] = d->stats[l].n_entry;
         for (int32_t c = 0; c < (t + 1) / 4; c++) {
             const uint64_t x = lsa_rng_below(&r, 100);
             const uint8_t v = c == 5 && t % 16 ? 2 : x < 2 ? 2 : x < 5 ? 1 : 0;
-            if (v) put(&d->labels, t, c, v, 0);
+            if (v) put(&d->labels, row, c, v, 0);
             g_votes[doc][t][c] = v;
             for (int32_t l = 0; l < HAND_LAYERS; l++) {
                 const uint16_t m = lsa_rng_below(&r, 100) < 6
                                        ? lsa_f32_to_f16(0.001f * (float)(1 + lsa_rng_below(&r, 90)))
                                        : 0;
-                if (m) put(&d->stats[l], t, c, 0, m);
+                if (m) put(&d->stats[l], row, c, 0, m);
                 g_mass[doc][l][t][c] = lsa_f16_to_f32(m);
             }
         }

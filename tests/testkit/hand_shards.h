@@ -10,6 +10,9 @@
 enum { HAND_LAYERS = 2, HAND_HIDDEN = 8, HAND_DOCS = 5, HAND_LONGEST = 700 };
 extern const int64_t hand_tokens[HAND_DOCS]; /* the third is shorter than any window */
 
+/* Position of each document's first row, for the next hand_shards: 0 unless a test sets it. */
+extern int64_t hand_first[HAND_DOCS];
+
 /* Two shards in a fresh folder. A hidden vector says which document, layer and row it is; so do the first
  * bytes of a key. Fails the running cmocka test on any error. */
 void hand_shards(const char *dir, int32_t hidden_stride);

@@ -54,6 +54,10 @@ static void test_launchers(void **state) {
     reads(ENV("OMPI_COMM_WORLD_RANK=3", "OMPI_COMM_WORLD_SIZE=4", "SLURM_STEP_ID=0", "SLURM_PROCID=0",
               "SLURM_STEP_NUM_TASKS=2"),
           3, 4, -1, true);
+    /* a lone WORLD_SIZE that says what the launcher says, or one rank; a RANK that is somebody else's */
+    reads(ENV("OMPI_COMM_WORLD_RANK=1", "OMPI_COMM_WORLD_SIZE=2", "WORLD_SIZE=2"), 1, 2, -1, true);
+    reads(ENV("WORLD_SIZE=1"), 0, 1, -1, false);
+    reads(ENV("RANK=gold"), 0, 1, -1, false);
     /* both launchers' variables, saying the same; torchrun's local rank fills in */
     reads(ENV("PMI_RANK=1", "PMI_SIZE=2", "RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1"), 1, 2, 1, true);
 }
@@ -66,7 +70,17 @@ static void test_contradictions(void **state) {
     refuses(ENV("OMPI_COMM_WORLD_RANK=1", "OMPI_COMM_WORLD_SIZE=2", "OMPI_COMM_WORLD_LOCAL_RANK=1", "RANK=1",
                 "WORLD_SIZE=2", "LOCAL_RANK=0"),
             "LOCAL_RANK=0");
+    /* half of a launcher's variables */
+    refuses(ENV("WORLD_SIZE=4"), "no MPI launcher started this process: for 4 ranks use 'mpirun -n 4'");
     refuses(ENV("WORLD_SIZE=2", "MASTER_ADDR=h"), "RANK is not");
+    refuses(ENV("WORLD_SIZE=four"), "WORLD_SIZE='four'");
+    refuses(ENV("RANK=1", "MASTER_ADDR=h"), "WORLD_SIZE is not");
+    refuses(ENV("OMPI_COMM_WORLD_RANK=1", "OMPI_COMM_WORLD_SIZE=2", "WORLD_SIZE=4"),
+            "WORLD_SIZE=4, but mpirun");
+    refuses(ENV("OMPI_COMM_WORLD_RANK=1"), "OMPI_COMM_WORLD_SIZE is not");
+    refuses(ENV("PMI_RANK=1"), "PMI_SIZE is not");
+    refuses(ENV("PMIX_RANK=1", "SLURM_PROCID=1"), "SLURM_STEP_NUM_TASKS is not");
+    refuses(ENV("PMIX_RANK=1", "RANK=1", "WORLD_SIZE=2"), "SLURM_STEP_NUM_TASKS is not");
     refuses(ENV("PMI_RANK=2", "PMI_SIZE=2"), "[0, 1]");
     refuses(ENV("PMI_RANK=x", "PMI_SIZE=2"), "PMI_RANK='x'");
     refuses(ENV("RANK=-1", "WORLD_SIZE=2"), "RANK='-1'");

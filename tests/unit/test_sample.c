@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/core/dtype.h"
 #include "kernels/core/file.h"
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
@@ -530,6 +531,62 @@ static void test_nothing_to_train_on(void **state) {
     close_bench(&x);
 }
 
+/* Every window of documents whose rows begin late, as in what engines record of an answer: which there are,
+ * whose hidden vector asks, what they need. */
+static void check_windows(bench *x, int64_t stride, bool reference) {
+    for (int64_t doc = 0; doc < HAND_DOCS; doc++) {
+        const int64_t T = hand_tokens[doc], first = hand_first[doc];
+        const lsa_train_doc *d;
+        int64_t n, at = 0;
+        lsa_window w;
+        assert_int_equal(lsa_source_n_window(&n, x->s, doc, NULL), LSA_OK);
+        assert_int_equal(lsa_source_get(&d, x->s, doc, NULL), LSA_OK);
+        for (int64_t s = first + !reference; s < T; s++) {
+            const int64_t end = s + 64 < T ? s + 64 : T, query = reference ? s : s - 1;
+            bool any = false;
+            for (int64_t c = 0; c < T / 4; c++) any = any || hand_votes(doc, s, end, c, x->r.min_layers);
+            if (reference ? !any : s % 64 || s < 192 || s + 64 > T) continue;
+            assert_true(at < n);
+            assert_int_equal(lsa_window_at(&w, x->s, d, at++, NULL), LSA_OK);
+            assert_int_equal(w.start, s);
+            assert_int_equal(w.end, end);
+            assert_int_equal(w.query, query);
+            assert_int_equal(w.n_cand, reference ? T / 4 : (s - 128) / 4);
+            const float which = lsa_bf16_to_f32(d->hidden[1][w.hidden_row * HAND_HIDDEN + 2]);
+            assert_true(which == lsa_round_bf16((float)((query + 1) / stride - 1)));
+            uint8_t votes[HAND_LONGEST / 4];
+            float mass[HAND_LONGEST / 4];
+            lsa_window_needs(mass, votes, x->s, d, &w);
+            for (int64_t c = 0; c < w.n_cand; c++) {
+                assert_int_equal(votes[c], hand_votes(doc, s, end, c, x->r.min_layers));
+                assert_true(fabs((double)mass[c] - hand_mass(doc, s, end, c)) <= 1e-4);
+            }
+        }
+        assert_int_equal(at, n);
+    }
+}
+
+static void test_late_rows(void **state) {
+    (void)state;
+    const int64_t first[HAND_DOCS] = {101, 0, 2, 255, 192};
+    char dir[96];
+    bench x = {0};
+    memcpy(hand_first, first, sizeof first);
+    snprintf(dir, sizeof dir, "%s/s64", g_dir);
+    hand_shards(dir, 64);
+    open_bench(&x, 64, LOOK, N_LOOK);
+    assert_int_equal(lsa_order_epoch_windows(x.o), 7 + 7 + 1 + 4);
+    check_windows(&x, 64, false);
+    for (int k = 0; k < 5; k++) next(&x);
+    close_bench(&x);
+    snprintf(dir, sizeof dir, "%s/s1", g_dir);
+    hand_shards(dir, 1);
+    open_bench(&x, 1, REFERENCE, N_REF);
+    check_windows(&x, 1, true);
+    for (int k = 0; k < 5; k++) next(&x);
+    close_bench(&x);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lookahead_kl),
@@ -544,6 +601,7 @@ int main(void) {
         cmocka_unit_test(test_draw_rule),
         cmocka_unit_test(test_pure),
         cmocka_unit_test(test_nothing_to_train_on),
+        cmocka_unit_test(test_late_rows), /* last: it makes the shards anew */
     };
     char dir[96];
     snprintf(g_dir, sizeof g_dir, "/tmp/lsa-sample-XXXXXX");
