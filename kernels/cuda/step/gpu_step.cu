@@ -211,18 +211,6 @@ static lsa_status set_params(lsa_gpu_step *s, const float *params, lsa_err *err)
     return LSA_OK;
 }
 
-static void drop_gain(lsa_gpu_shard *s) {
-    lsa_gpu_shard kept = {};
-    for (int i = 0; i < s->n_piece; i++) {
-        lsa_gpu_piece p = s->piece[i];
-        if (p.gain) continue;
-        p.at = kept.own;
-        kept.own += p.n;
-        kept.piece[kept.n_piece++] = p;
-    }
-    *s = kept;
-}
-
 /* What every step object has: geometry, memory, plans. */
 static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -241,7 +229,7 @@ static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     if (s->o.comm && !s->eval_only) {
         LSA_TRY(lsa_gpu_shard_make(&s->norm, &s->g, lsa_comm_rank(s->o.comm), lsa_comm_size(s->o.comm), err));
         if (s->o.sharded) s->shard = s->norm;
-        if (lsa_comm_rank(s->o.comm) > 0) drop_gain(&s->norm); /* counted once, by rank 0 */
+        if (lsa_comm_rank(s->o.comm) > 0) step_drop_gain(&s->norm); /* counted once, by rank 0 */
     }
     LSA_CUDA(cudaGetDeviceProperties(&prop, s->cs->device));
     s->sm90 = prop.major == 9 && prop.minor == 0 && !s->o.portable;

@@ -172,6 +172,7 @@ lsa_status step_loss(lsa_gpu_step *s, int64_t first, lsa_err *err);
 lsa_status step_costs_grad(lsa_gpu_step *s, lsa_err *err); /* once all micro-batches have been */
 lsa_status step_norm_and_control(lsa_gpu_step *s, lsa_err *err);
 lsa_status step_update(lsa_gpu_step *s, lsa_err *err);
+void step_drop_gain(lsa_gpu_shard *s);
 lsa_status step_shadow(lsa_gpu_step *s, lsa_err *err); /* p16 from p */
 /* one micro-batch forward to the queries' projections */
 lsa_status step_query(lsa_gpu_step *s, int64_t first, int64_t m, lsa_err *err);

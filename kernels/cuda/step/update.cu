@@ -215,6 +215,19 @@ static __global__ void __launch_bounds__(THREADS) sumsq_k(const float4 *g, int64
     if (threadIdx.x == 0) part[blockIdx.x] = total;
 }
 
+/* Without the norm gains, which all ranks hold and one counts. */
+void step_drop_gain(lsa_gpu_shard *s) {
+    lsa_gpu_shard kept = {};
+    for (int i = 0; i < s->n_piece; i++) {
+        lsa_gpu_piece p = s->piece[i];
+        if (p.gain) continue;
+        p.at = kept.own;
+        kept.own += p.n;
+        kept.piece[kept.n_piece++] = p;
+    }
+    *s = kept;
+}
+
 /* The same over this rank's pieces of the layers; NARROW: of the gradient exchanged in bf16. */
 template <bool NARROW>
 static __global__ void __launch_bounds__(THREADS)
