@@ -57,19 +57,27 @@ LSA_NODISCARD lsa_status lsa_gpu_layer_put(lsa_gpu_layer **out, lsa_gpu_teacher 
                                            const lsa_gpu_layer_weights *w, lsa_err *err);
 void lsa_gpu_layer_drop(lsa_gpu_layer *l); /* NULL allowed; before the teacher */
 
-/* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary. */
+/* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary. probe [n_probe],
+ * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. */
+enum { LSA_GPU_MAX_PROBE = 4 };
 LSA_NODISCARD lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n,
-                                               lsa_err *err);
+                                               const int64_t *probe, int32_t n_probe, lsa_err *err);
 
 /* What a CSA layer did for tokens [first, first + m) of the document: host arrays of the teacher, valid
  * during the call. Rows of sel, logit and mass are top-k long, n_sel [m] entries of them count, ascending by
  * chunk. */
+typedef struct lsa_gpu_probe {
+    int64_t position;
+    const float *logit, *iq, *iw; /* [visible chunks] [Hi, Di] [Hi] scaled */
+} lsa_gpu_probe;
 typedef struct lsa_gpu_csa_rows {
     int64_t first, m, top_k;
     const int32_t *sel, *n_sel;
     const float *logit, *mass; /* native logits of the selected entries; attention mass, mean of heads */
     const float *window_mass, *sink_mass; /* [m] */
     const float *hidden;                  /* [m, d] attention input after its norm */
+    const lsa_gpu_probe *probe;           /* [n_probe] those of these tokens */
+    int32_t n_probe;
 } lsa_gpu_csa_rows;
 typedef void lsa_gpu_csa_tap(void *user, const lsa_gpu_csa_rows *rows);
 

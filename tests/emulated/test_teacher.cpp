@@ -12,6 +12,7 @@ int main() {
                    "emulated"}; /* memory by the cpu column's calls */
     int bad = judge_teacher(&ctx, "recipes/mini/teacher", 150, 64, false);
     bad += judge_teacher(&ctx, "recipes/mini/teacher", 40, 40, true);
+    bad += judge_dump(&ctx, "recipes/mini/teacher", 100);
     printf("%s\n", bad ? "FAILED" : "ok");
     return bad != 0;
 }

@@ -14,6 +14,7 @@ int main(void) {
     int bad = judge_teacher(ctx, "recipes/mini/teacher", 1000, 1000, false);
     bad += judge_teacher(ctx, "recipes/mini/teacher", 4000, 512, false);
     bad += judge_teacher(ctx, "recipes/mini/teacher", 2000, 333, true);
+    bad += judge_dump(ctx, "recipes/mini/teacher", 3000);
     lsa_ctx_destroy(ctx);
     printf("%s\n", bad ? "FAILED" : "ok");
     return bad != 0;

@@ -7,11 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "infer/engine.h"
+#include "data/dump/tap.h"
+#include "kernels/core/dtype.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/core/rng.h"
-#include "kernels/model/gpu_teacher.h"
 
 typedef struct record { /* of one layer and token */
     int32_t n, *sel;
@@ -21,19 +21,18 @@ typedef struct record { /* of one layer and token */
 typedef struct judge {
     const lsa_teacher_config *c;
     int64_t n_token;
-    record *cpu, *gpu; /* [n_csa, n_token] */
-    int32_t ord;       /* of the layer that the GPU works on */
+    record *cpu, *gpu, *to; /* [n_csa, n_token]; to: where the taps write */
 } judge;
 
-static void keep(record *r, const judge *j, int32_t n, const int32_t *sel, const float *logit,
-                 const float *mass, const float *hidden, float window, float sink) {
-    const size_t bytes = (size_t)n * 4, width = (size_t)j->c->hidden * 4;
-    *r = (record){n, malloc(bytes + 4), malloc(bytes + 4), malloc(bytes + 4), malloc(width), window, sink};
+static void keep(record *r, const judge *j, const lsa_tap_csa *t) {
+    const size_t bytes = (size_t)t->n_sel * 4, width = (size_t)j->c->hidden * 4;
+    *r = (record){t->n_sel,      malloc(bytes + 4), malloc(bytes + 4), malloc(bytes + 4),
+                  malloc(width), t->window_mass,    t->sink_mass};
     if (!r->sel || !r->logit || !r->mass || !r->hidden) abort();
-    memcpy(r->sel, sel, bytes);
-    memcpy(r->logit, logit, bytes);
-    memcpy(r->mass, mass, bytes);
-    memcpy(r->hidden, hidden, width);
+    memcpy(r->sel, t->sel, bytes);
+    memcpy(r->logit, t->sel_logit, bytes);
+    memcpy(r->mass, t->mass, bytes);
+    memcpy(r->hidden, t->hidden, width);
 }
 static void drop(record *r) {
     free(r->sel);
@@ -42,19 +41,9 @@ static void drop(record *r) {
     free(r->hidden);
 }
 
-static void on_cpu(void *user, const lsa_tap_csa *t) {
+static void on_csa(void *user, const lsa_tap_csa *t) {
     const judge *j = user;
-    float logit[4096];
-    for (int32_t i = 0; i < t->n_sel; i++) logit[i] = t->logit[t->sel[i]];
-    keep(&j->cpu[t->ord.v * j->n_token + t->position], j, t->n_sel, t->sel, logit, t->mass, t->hidden,
-         t->window_mass, t->sink_mass);
-}
-static void on_gpu(void *user, const lsa_gpu_csa_rows *a) {
-    const judge *j = user;
-    for (int64_t i = 0; i < a->m; i++)
-        keep(&j->gpu[j->ord * j->n_token + a->first + i], j, a->n_sel[i], a->sel + i * a->top_k,
-             a->logit + i * a->top_k, a->mass + i * a->top_k, a->hidden + i * j->c->hidden, a->window_mass[i],
-             a->sink_mass[i]);
+    keep(&j->to[t->ord.v * j->n_token + t->position], j, t);
 }
 
 static void differ(double *worst, const float *a, const float *b, int64_t n) {
@@ -64,81 +53,31 @@ static void differ(double *worst, const float *a, const float *b, int64_t n) {
     }
 }
 
-static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
-    const lsa_teacher_config *c = lsa_engine_config(e);
-    return (lsa_gpu_teacher_geom){c->hidden,
-                                  c->n_head,
-                                  c->head_dim,
-                                  c->rope_dim,
-                                  c->q_rank,
-                                  c->o_groups,
-                                  c->o_rank,
-                                  c->window,
-                                  c->index_n_head,
-                                  c->index_head_dim,
-                                  c->index_topk,
-                                  c->n_expert,
-                                  c->n_expert_tok,
-                                  c->moe_dim,
-                                  c->hc_mult,
-                                  c->hc_iters,
-                                  c->vocab,
-                                  c->hc_eps,
-                                  c->norm_eps,
-                                  c->route_scale,
-                                  c->swiglu_limit,
-                                  e->opts.sim_fp8_kv,
-                                  e->opts.sim_fp4_index};
-}
-
-static lsa_gpu_layer_weights weights_of(const lsa_engine *e, int32_t l) {
-    const layer_weights *w = &e->layer[l];
-    return (lsa_gpu_layer_weights){e->c.ratio[l], w->comp.roles,  w->nx,           w->at_kv,
-                                   w->at_cv,      w->at_cg,       w->at_iv,        w->at_ig,
-                                   w->at_iw,      w->hc_attn.fn,  w->hc_attn.base, w->hc_attn.scale,
-                                   w->hc_ffn.fn,  w->hc_ffn.base, w->hc_ffn.scale, w->attn_norm,
-                                   w->ffn_norm,   w->q_norm,      w->kv_norm,      w->sink,
-                                   w->wx,         w->wq,          w->wo_a,         w->wo_b,
-                                   w->comp.ape,   w->comp.norm,   w->icomp.ape,    w->icomp.norm,
-                                   w->gate,       w->gate_bias,   w->tid2eid,      w->w13,
-                                   w->w2};
-}
-
 static lsa_status run_gpu(judge *j, double *keys, double *logits, lsa_ctx *ctx, const lsa_engine *e,
                           const lsa_session *s, const int32_t *token, const float *want, int64_t chunk,
                           lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_gpu_teacher *t = NULL;
-    lsa_gpu_layer *layer = NULL;
+    lsa_gpu_run *x = NULL;
     float *buf = NULL;
-    const lsa_gpu_teacher_geom g = geom_of(e);
-    const lsa_gpu_teacher_tables tables = {e->freq_main, e->freq_comp,  e->embed,        e->head,
-                                           e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
     const int64_t n = j->n_token, V = j->c->vocab;
-    LSA_TRY(LSA_NEW(buf, lsa_max_i64(chunk * V, n * j->c->index_head_dim), err));
-    LSA_TRY(lsa_gpu_teacher_create(&t, ctx, &g, &tables, n, chunk, err));
-    LSA_TRY(lsa_gpu_teacher_begin(t, token, n, err));
-    for (int32_t l = 0; l < j->c->n_layer; l++) {
-        const lsa_gpu_layer_weights w = weights_of(e, l);
-        j->ord = j->c->csa_ord[l];
-        LSA_TRY(lsa_gpu_layer_put(&layer, t, &w, err));
-        LSA_TRY(lsa_gpu_teacher_layer(t, layer, on_gpu, j, err));
-        lsa_gpu_layer_drop(layer);
-        layer = NULL;
-        if (j->ord < 0) continue;
-        int64_t n_key;
-        const float *key = lsa_session_keys(s, (lsa_csa_ord){j->ord}, &n_key);
-        LSA_TRY(lsa_gpu_teacher_keys(t, buf, err));
-        differ(keys, buf, key, n_key * j->c->index_head_dim);
+    const lsa_taps taps = {.user = j, .csa = on_csa};
+    LSA_TRY(LSA_NEW(buf, chunk * V, err));
+    LSA_TRY(lsa_gpu_run_create(&x, ctx, e, n, chunk, err));
+    LSA_TRY(lsa_gpu_run_document(x, token, n, NULL, 0, &taps, NULL, NULL, err));
+    for (int32_t o = 0; o < j->c->n_csa; o++) {
+        int64_t a, b;
+        const float *ours = lsa_gpu_run_keys(x, (lsa_csa_ord){o}, &a),
+                    *theirs = lsa_session_keys(s, (lsa_csa_ord){o}, &b);
+        if (a != b) LSA_FAIL(LSA_E_NUMERIC, "%lld keys, expected %lld", (long long)a, (long long)b);
+        differ(keys, ours, theirs, a * j->c->index_head_dim);
     }
     for (int64_t p = 0; p < n; p += chunk) {
         const int64_t m = lsa_min_i64(chunk, n - p);
-        LSA_TRY(lsa_gpu_teacher_logits(t, p, m, buf, err));
+        LSA_TRY(lsa_gpu_run_logits(x, p, m, buf, err));
         differ(logits, buf, want + p * V, m * V);
     }
 done:
-    lsa_gpu_layer_drop(layer);
-    lsa_gpu_teacher_destroy(t);
+    lsa_gpu_run_destroy(x);
     lsa_free(buf);
     return st;
 }
@@ -198,8 +137,10 @@ int judge_teacher(lsa_ctx *ctx, const char *dir, int64_t n, int64_t chunk, bool 
     LSA_TRY(LSA_NEW(j.gpu, j.c->n_csa * n, err));
     for (int64_t i = 0; i < n; i++) token[i] = (int32_t)lsa_rng_below(&rng, (uint64_t)j.c->vocab);
     LSA_TRY(lsa_session_create(&s, e, &(lsa_session_opts){.max_tokens = n, .chunk = n}, err));
-    const lsa_taps taps = {.user = &j, .csa = on_cpu};
+    const lsa_taps taps = {.user = &j, .csa = on_csa};
+    j.to = j.cpu;
     LSA_TRY(lsa_session_forward(s, token, n, logits, false, &taps, err));
+    j.to = j.gpu;
     LSA_TRY(run_gpu(&j, &keys, &apart, ctx, e, s, token, logits, chunk, err));
     bad = compare(&j, sim, keys, apart);
 done:
@@ -213,6 +154,86 @@ done:
     lsa_free(token);
     lsa_free(logits);
     lsa_session_destroy(s);
+    lsa_engine_close(e);
+    return bad;
+}
+
+/* ---- a document's statistics ---- */
+
+static double worst_f16(const uint16_t *a, const uint16_t *b, int64_t n) {
+    double worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float x = lsa_f16_to_f32(a[i]), y = lsa_f16_to_f32(b[i]);
+        differ(&worst, &x, &y, 1);
+    }
+    return worst;
+}
+
+static bool same(const void *a, const void *b, int64_t bytes) {
+    return bytes == 0 || memcmp(a, b, (size_t)bytes) == 0;
+}
+
+/* Votes and selections are the same; numbers differ by a step of their small formats. */
+static int compare_documents(const lsa_doc_stats *a, const lsa_doc_stats *b, const lsa_teacher_config *c) {
+    int bad = a->n_key != b->n_key || a->n_hidden != b->n_hidden || a->n_probe != 2 || b->n_probe != 2 ||
+              a->n_probe_logit != b->n_probe_logit || a->labels.n_entry != b->labels.n_entry ||
+              a->labels.n_entry == 0 || a->token_xxh64 != b->token_xxh64;
+    if (bad) return 1;
+    bad += !same(a->labels.begin, b->labels.begin, (a->n_token + 1) * 8) +
+           !same(a->labels.chunk, b->labels.chunk, a->labels.n_entry * 4) +
+           !same(a->labels.votes, b->labels.votes, a->labels.n_entry);
+    double logit = 0, mass = 0, probe = 0;
+    for (int32_t o = 0; o < c->n_csa; o++) {
+        const lsa_csr *x = &a->stats[o], *y = &b->stats[o];
+        int64_t apart = 0;
+        if (x->n_entry != y->n_entry) return 1;
+        bad += !same(x->begin, y->begin, (a->n_token + 1) * 8) + !same(x->chunk, y->chunk, x->n_entry * 4);
+        logit = fmax(logit, worst_f16(x->logit, y->logit, x->n_entry));
+        mass = fmax(mass, worst_f16(x->mass, y->mass, x->n_entry));
+        mass = fmax(mass, worst_f16(a->local_mass[o], b->local_mass[o], a->n_token));
+        mass = fmax(mass, worst_f16(a->sink_mass[o], b->sink_mass[o], a->n_token));
+        for (int64_t i = 0; i < a->n_hidden * c->hidden; i++) apart += a->hidden[o][i] != b->hidden[o][i];
+        for (int64_t i = 0; i < a->n_key * LSA_KEY_BYTES; i++) apart += a->key[o][i] != b->key[o][i];
+        bad += apart * 50 > a->n_hidden * c->hidden + a->n_key * LSA_KEY_BYTES;
+        differ(&probe, a->probe_logit[o], b->probe_logit[o], a->n_probe_logit);
+        differ(&probe, a->probe_iq[o], b->probe_iq[o], 2 * c->index_n_head * 128);
+        differ(&probe, a->probe_iw[o], b->probe_iw[o], 2 * c->index_n_head);
+    }
+    printf("a document: %lld votes, native logits %.2g, masses %.2g, probes %.2g%s\n",
+           (long long)a->labels.n_entry, logit, mass, probe, bad ? ": FAILED" : "");
+    return bad + !(logit <= 0.01 && mass <= 1e-3 && probe <= 1e-3);
+}
+
+int judge_dump(lsa_ctx *ctx, const char *dir, int64_t n) {
+    lsa_status st = LSA_OK;
+    lsa_err why = {0}, *const err = &why;
+    lsa_engine *e = NULL;
+    lsa_reader cpu = {0}, gpu = {0};
+    lsa_doc_stats a = {0}, b = {0};
+    int32_t *token = NULL;
+    int bad = 1;
+    lsa_rng rng = lsa_rng_make(12, 6);
+    LSA_TRY(lsa_engine_open(&e, dir, NULL, err));
+    const lsa_teacher_config *c = lsa_engine_config(e);
+    lsa_dump_rule rule = {.top_p = 0.6, .pool = c->index_topk, .hidden_stride = 16, .stats = true};
+    for (int32_t o = 0; o < c->n_csa; o++) rule.has_keys[o] = true;
+    LSA_TRY(LSA_NEW(token, n, err));
+    for (int64_t i = 0; i < n; i++) token[i] = (int32_t)lsa_rng_below(&rng, (uint64_t)c->vocab);
+    const lsa_doc doc = {.name = "random", .token = token, .n_token = n};
+    LSA_TRY(lsa_session_create(&cpu.session, e, &(lsa_session_opts){.max_tokens = n, .chunk = LSA_TAP_CHUNK},
+                               err));
+    LSA_TRY(lsa_gpu_run_create(&gpu.gpu, ctx, e, n, 0, err));
+    LSA_TRY(lsa_reader_check(&gpu, c, &rule, err));
+    LSA_TRY(lsa_tap_document(&a, &cpu, c, &rule, &doc, true, NULL, NULL, err));
+    LSA_TRY(lsa_tap_document(&b, &gpu, c, &rule, &doc, true, NULL, NULL, err));
+    bad = compare_documents(&a, &b, c);
+done:
+    if (st != LSA_OK) printf("%s\n", why.msg);
+    lsa_doc_stats_fini(&a);
+    lsa_doc_stats_fini(&b);
+    lsa_free(token);
+    lsa_session_destroy(cpu.session);
+    lsa_gpu_run_destroy(gpu.gpu);
     lsa_engine_close(e);
     return bad;
 }

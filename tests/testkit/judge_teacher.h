@@ -15,6 +15,8 @@ extern "C" {
 /* ctx: a CUDA context. n random tokens, `chunk` at a time; sim: with both cache simulations. Prints the
  * largest differences; 0 if all are in bounds. */
 int judge_teacher(lsa_ctx *ctx, const char *dir, int64_t n, int64_t chunk, bool sim);
+/* What lsa-dump would store of a document of n random tokens, read by both. */
+int judge_dump(lsa_ctx *ctx, const char *dir, int64_t n);
 
 #ifdef __cplusplus
 }

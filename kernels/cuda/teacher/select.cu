@@ -169,6 +169,19 @@ lsa_status teacher_select(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_err *err
         if (visible > 0)
             index_k<<<dim3((unsigned)((visible + KEYS - 1) / KEYS), (unsigned)((rows + TOKENS - 1) / TOKENS)),
                       THREADS, bytes, t->cs->stream>>>(a);
+        for (int32_t k = 0; k < t->n_probe; k++) { /* the rows are overwritten by the next tokens */
+            const int64_t at = t->probe[k] - p, chunks = t->max_tokens / LSA_CHUNK + 1;
+            if (at < i || at >= i + rows) continue;
+            float *const to = t->host_probe[k];
+            LSA_CUDA(cudaMemcpyAsync(to, t->logit + (at - i) * ld,
+                                     (size_t)lsa_visible(t->probe[k]) * sizeof *to, cudaMemcpyDeviceToHost,
+                                     t->cs->stream));
+            LSA_CUDA(cudaMemcpyAsync(to + chunks, t->iq + at * t->ID, (size_t)t->ID * sizeof *to,
+                                     cudaMemcpyDeviceToHost, t->cs->stream));
+            LSA_CUDA(cudaMemcpyAsync(to + chunks + t->ID, t->iw + at * g->index_n_head,
+                                     (size_t)g->index_n_head * sizeof *to, cudaMemcpyDeviceToHost,
+                                     t->cs->stream));
+        }
         const choose_args b = {
             t->logit, p + i, ld, (int)t->top, t->sel + i * t->top, t->n_sel + i, t->sel_logit + i * t->top};
         choose_k<<<(unsigned)rows, THREADS, 0, t->cs->stream>>>(b);

@@ -98,6 +98,7 @@ static lsa_status allocate(lsa_gpu_teacher *t, lsa_err *err) {
     PINNED(t->host_mass, m * t->top);
     PINNED(t->host_part, 2 * m);
     PINNED(t->host_hidden, m * d);
+    for (int i = 0; i < LSA_GPU_MAX_PROBE; i++) PINNED(t->host_probe[i], chunks + t->ID + Hi);
 done:
     return st;
 }
@@ -151,6 +152,7 @@ extern "C" void lsa_gpu_teacher_destroy(lsa_gpu_teacher *t) {
         lsa_ctx_free(t->ctx, (void *)(uintptr_t)table[i]);
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++) cudaFreeHost(pinned[i]);
+    for (int i = 0; i < LSA_GPU_MAX_PROBE; i++) cudaFreeHost(t->host_probe[i]);
     free(t);
 }
 
@@ -213,8 +215,12 @@ extern "C" void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
 }
 
 extern "C" lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n,
-                                            lsa_err *err) {
+                                            const int64_t *probe, int32_t n_probe, lsa_err *err) {
     lsa_status st = LSA_OK;
+    if (n_probe < 0 || n_probe > LSA_GPU_MAX_PROBE)
+        LSA_RET_FAIL(LSA_E_ARG, "%d probed positions; at most %d", n_probe, LSA_GPU_MAX_PROBE);
+    t->n_probe = n_probe;
+    for (int32_t i = 0; i < n_probe; i++) t->probe[i] = probe[i];
     if (n < 1 || n > t->max_tokens)
         LSA_RET_FAIL(LSA_E_ARG, "a document of %lld tokens; there is room for %lld", (long long)n,
                      (long long)t->max_tokens);
@@ -262,6 +268,12 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
     if (!tell) goto done;
     LSA_TRY(fetch(t, m, err));
     {
+        lsa_gpu_probe probe[LSA_GPU_MAX_PROBE];
+        int32_t n_probe = 0;
+        for (int32_t i = 0; i < t->n_probe; i++) {
+            const float *const at = t->host_probe[i], *const iq = at + t->max_tokens / LSA_CHUNK + 1;
+            if (t->probe[i] >= p && t->probe[i] < p + m) probe[n_probe++] = {t->probe[i], at, iq, iq + t->ID};
+        }
         const lsa_gpu_csa_rows rows = {p,
                                        m,
                                        t->top,
@@ -271,7 +283,9 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
                                        t->host_mass,
                                        t->host_part,
                                        t->host_part + m,
-                                       t->host_hidden};
+                                       t->host_hidden,
+                                       probe,
+                                       n_probe};
         tap(user, &rows);
     }
 done:

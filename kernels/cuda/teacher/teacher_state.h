@@ -42,6 +42,9 @@ struct lsa_gpu_teacher {
     float *act, *ye, *h13;   /* [m k, M] [m k, d] [m, 2M] */
     /* statistics of the chunk, device and host */
     int32_t *sel, *n_sel, *host_sel, *host_n_sel;
+    int64_t probe[LSA_GPU_MAX_PROBE];
+    int32_t n_probe;
+    float *host_probe[LSA_GPU_MAX_PROBE]; /* [T/4] logits, [ID], [Hi] */
     float *sel_logit, *mass, *part, *host_sel_logit, *host_mass, *host_part,
         *host_hidden; /* part [2,m] window, sink */
 };
