@@ -59,6 +59,7 @@ typedef struct workspace {
     int32_t *sel;      /* [max chunks or top-k] */
     float *score;      /* [H, window + max rows] attention scores, then probabilities */
     float *mass;       /* [max chunks] */
+    float *sel_logit;  /* [max chunks] */
     float *dense;      /* [max chunks] */
     const float **row; /* [window + max rows] */
     float *o;          /* [block, H*D] */

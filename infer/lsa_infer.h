@@ -40,10 +40,12 @@ typedef struct lsa_tap_csa {
     int64_t position;    /* of the token */
     int64_t n_visible;   /* T_4(position) */
     const float *hidden; /* [hidden] attn_norm output: what the indexers read */
-    const float *logit;  /* [n_visible] native indexer logits, fp32, before any mask */
-    int32_t n_sel;       /* selected entries, ascending by chunk */
-    const int32_t *sel;  /* [n_sel] */
-    const float *mass;   /* [n_sel] attention probability, mean over heads */
+    const float
+        *logit;    /* [n_visible] native indexer logits, fp32, before any mask; see gpu_run.h for when NULL */
+    int32_t n_sel; /* selected entries, ascending by chunk */
+    const int32_t *sel;     /* [n_sel] */
+    const float *sel_logit; /* [n_sel] their native logits */
+    const float *mass;      /* [n_sel] attention probability, mean over heads */
     float window_mass, sink_mass;
     int32_t n_miss; /* entries of the native top-k over all visible chunks that were not resident; 0 without a
                        set */

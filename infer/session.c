@@ -17,8 +17,9 @@
 /* ---- memory ---- */
 
 static void ws_free(workspace *w) {
-    void *p[] = {w->z,     w->xp, w->qr, w->qq, w->tile, w->logit, w->select, w->sel, w->score, w->mass,
-                 w->dense, w->o,  w->g,  w->y,  w->h13,  w->h,     w->gx,     w->gy,  w->route};
+    void *p[] = {w->z,   w->xp,    w->qr,   w->qq,        w->tile,  w->logit, w->select,
+                 w->sel, w->score, w->mass, w->sel_logit, w->dense, w->o,     w->g,
+                 w->y,   w->h13,   w->h,    w->gx,        w->gy,    w->route};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     lsa_free(w->row);
 }
@@ -44,6 +45,7 @@ static lsa_status ws_make(workspace *w, const lsa_session *s, lsa_err *err) {
     LSA_TRY(LSA_NEW(w->sel, m, err));
     LSA_TRY(LSA_NEW(w->score, c->n_head * lsa_max_i64(rows, m), err));
     LSA_TRY(LSA_NEW(w->mass, lsa_max_i64(rows, m), err));
+    LSA_TRY(LSA_NEW(w->sel_logit, lsa_max_i64(rows, m), err));
     LSA_TRY(LSA_NEW(w->dense, m, err));
     LSA_TRY(lsa_alloc_((void **)&w->row, rows, sizeof *w->row, "row list", err));
     LSA_TRY(LSA_NEW(w->o, B * HD, err));
@@ -294,6 +296,7 @@ static void attend_token(lsa_session *s, int32_t l, int64_t t, const float *logi
         else
             ws->mass[i - n_win] = m * f;
     }
+    for (int32_t i = 0; i < n_sel; i++) ws->sel_logit[i] = logit[ws->sel[i]];
     lsa_csa_ord ord = {c->csa_ord[l]};
     bool dense = taps->want_dense && taps->want_dense(taps->user, ord, pos);
     if (dense) lsa_dense_mass(e, w, q, ws->row, n_win, st->row, n_vis, ws->score, ws->dense);
@@ -305,6 +308,7 @@ static void attend_token(lsa_session *s, int32_t l, int64_t t, const float *logi
                        .logit = logit,
                        .n_sel = n_sel,
                        .sel = ws->sel,
+                       .sel_logit = ws->sel_logit,
                        .mass = ws->mass,
                        .window_mass = in_window,
                        .sink_mass = sink,

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/continuation.h"
 #include "kernels/core/clock.h"
 #include "kernels/core/dtype.h"
 #include "kernels/core/hash.h"
@@ -105,6 +106,7 @@ static void make_geom(lsa_indexer_geom *g, const lsa_bench *b) {
         .rank = (int32_t)b->rank,
         .eps = 1e-6f,
         .n_layer = (int32_t)b->layers,
+        .reach = (int32_t)b->r.reach,
         .rope = {
             .dim = 64, .base = 160000, .factor = 16, .original_len = 65536, .beta_fast = 32, .beta_slow = 1}};
     for (int32_t l = 0; l < g->n_layer; l++) {
@@ -243,8 +245,8 @@ done:
     return st;
 }
 
-/* Relative error of each kind of tensor's gradient over all layers. */
-static void compare(const setup *x, const float *a, const float *b, double part[LSA_INDEXER_PARTS]) {
+/* Relative error of each kind of tensor's gradient over all layers, and of the continuation's costs. */
+static void compare(const setup *x, const float *a, const float *b, double part[LSA_INDEXER_PARTS + 1]) {
     for (int p = 0; p < LSA_INDEXER_PARTS; p++) {
         double diff = 0, size = 0;
         for (int32_t l = 0; l < x->g.n_layer; l++) {
@@ -257,6 +259,13 @@ static void compare(const setup *x, const float *a, const float *b, double part[
         }
         part[p] = sqrt(diff / size);
     }
+    part[LSA_INDEXER_PARTS] = 0;
+    double diff = 0, size = 0;
+    for (int64_t i = lsa_indexer_costs_at(&x->g); i < x->n_param; i++) {
+        diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        size += (double)b[i] * (double)b[i];
+    }
+    if (x->g.reach) part[LSA_INDEXER_PARTS] = sqrt(diff / size);
 }
 
 /* NUMERIC: rounding weights and queries to bf16 moves products across zero, where the slope of max(0, .)
@@ -318,7 +327,7 @@ static lsa_status judge(setup *x, const char *column, int64_t m, const float *ou
     lsa_recipe r = x->b->r;
     float *theirs = NULL, *z = NULL;
     int32_t *n_pos = NULL;
-    double part[LSA_INDEXER_PARTS];
+    double part[LSA_INDEXER_PARTS + 1];
     r.batch = m;
     LSA_TRY(batch_of(&b, x, m, err));
     LSA_TRY(LSA_NEW(theirs, x->n_param, err));
@@ -340,14 +349,15 @@ static lsa_status judge(setup *x, const char *column, int64_t m, const float *ou
     printf(
         "{\"bench\": \"verify\", \"against\": \"%s\", \"windows\": %lld, \"layers\": %lld, \"heads\": %lld, \"rank\": %lld, "
         "\"columns\": %lld, \"loss\": %.9g, \"ref_loss\": %.9g, \"loss_error\": %.3g, \"norm_error\": %.3g, \"wq_a\": %.3g, "
-        "\"wq_b\": %.3g, \"q_norm\": %.3g, \"weights_proj\": %.3g, \"checksum\": \"%016llx\"}\n",
+        "\"wq_b\": %.3g, \"q_norm\": %.3g, \"weights_proj\": %.3g, \"costs\": %.3g, \"checksum\": \"%016llx\"}\n",
         column, (long long)m, (long long)x->b->layers, (long long)x->b->heads, (long long)x->b->rank,
         (long long)x->o.columns, got->loss, want.loss, loss, norm, part[LSA_WQ_A], part[LSA_WQ_B],
-        part[LSA_Q_NORM], part[LSA_W_PROJ],
+        part[LSA_Q_NORM], part[LSA_W_PROJ], part[LSA_INDEXER_PARTS],
         (unsigned long long)lsa_xxh64(ours, (size_t)x->n_param * sizeof *ours));
     fflush(stdout);
     if (!(part[LSA_WQ_A] < tol.query && part[LSA_WQ_B] < tol.query && part[LSA_Q_NORM] < tol.query &&
-          part[LSA_W_PROJ] < tol.head && norm < tol.head && loss < tol.loss) ||
+          part[LSA_W_PROJ] < tol.head && part[LSA_INDEXER_PARTS] < tol.head && norm < tol.head &&
+          loss < tol.loss) ||
         got->skipped)
         LSA_FAIL(
             LSA_E_NUMERIC,
@@ -507,12 +517,13 @@ static lsa_status judge_eval(setup *x, const lsa_gpu_eval_row *row, int64_t stri
         const int64_t *const begin = (const int64_t *)(const void *)(p + x->doc[k].need_begin);
         const int32_t *const chunk = (const int32_t *)(const void *)(p + x->doc[k].chunk);
         const float *const need = (const float *)(const void *)(p + x->doc[k].mass);
-        const lsa_gpu_eval_row *const got = row + (x->g.n_layer + 2) * stride + i;
+        const lsa_gpu_eval_row *const got = row + (lsa_gpu_eval_rows(&x->g) - 1) * stride + i;
         float *const sum = z + i * n;
         memset(mass, 0, (size_t)n * sizeof *mass);
         for (int64_t e = begin[w]; e < begin[w + 1]; e++) mass[chunk[e]] = need[e];
         for (int32_t l = 1; l < x->g.n_layer; l++)
             for (int64_t c = 0; c < n; c++) sum[c] += z[(l * m + i) * n + c];
+        lsa_continue(sum, NULL, sum, n, x->params + lsa_indexer_costs_at(&x->g), x->g.reach);
         int64_t hit = 0;
         const int64_t best = lsa_topk(sum, n, topk, NULL, 0, scratch, sel);
         for (int64_t j = 0; j < best; j++) hit += mass[sel[j]] > 0;
@@ -555,7 +566,7 @@ lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err) 
     LSA_TRY(open_train(&x, 8, false, err));
     LSA_TRY(lsa_gpu_create_eval(&eval, x.step, m, b->chunks, DOCS, err));
     LSA_TRY(put_docs(&x, eval, err));
-    LSA_TRY(LSA_NEW(row, (b->layers + 3) * m, err));
+    LSA_TRY(LSA_NEW(row, lsa_gpu_eval_rows(&x.g) * m, err));
     if (b->steps == 0) {
         draw_rows(&x, m, 0, true);
         LSA_TRY(lsa_gpu_eval(eval, m, x.row, 0.5f, 512, 4, budget, row, err));
@@ -580,7 +591,7 @@ lsa_status lsa_bench_eval(const lsa_bench *b, const char *device, lsa_err *err) 
         "\"ms\": %.4f, \"windows_per_s\": %.0f, \"tflop_per_s\": %.1f, \"of_bf16_rate\": %.3f, \"checksum\": \"%016llx\"}\n",
         lsa_ctx_describe(x.ctx), (long long)b->layers, (long long)b->heads, (long long)b->rank, (long long)m,
         (long long)b->chunks, 1e3 * s, M / s, flops / s / 1e12, flops / s / flop,
-        (unsigned long long)lsa_xxh64(row, (size_t)((b->layers + 3) * m) * sizeof *row));
+        (unsigned long long)lsa_xxh64(row, (size_t)(lsa_gpu_eval_rows(&x.g) * m) * sizeof *row));
     fflush(stdout);
     if (b->verify) LSA_TRY(judge_eval(&x, row, m, 512, 4, budget, err));
 done:

@@ -244,9 +244,6 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm,
     lsa_status st = LSA_OK;
     lsa_resident *x = NULL;
     *out = NULL;
-    if (g->reach)
-        LSA_FAIL(LSA_E_UNSUPPORTED, "model.continuation: the GPU's bf16 and fp8 steps do not know it in this "
-                                    "version; set train.precision: f32, or pass --device cpu");
     LSA_TRY(LSA_NEW(x, 1, err));
     x->s = s;
     x->o = o;
@@ -268,7 +265,7 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm,
     LSA_TRY(LSA_NEW(x->job.doc, x->n_doc, err));
     LSA_TRY(LSA_NEW(x->job.n_window, x->n_doc, err));
     LSA_TRY(LSA_NEW(x->row, lsa_max_i64(r->batch, EVAL_ROWS), err));
-    LSA_TRY(LSA_NEW(x->eval_row, (g->n_layer + 3) * EVAL_ROWS, err));
+    LSA_TRY(LSA_NEW(x->eval_row, lsa_gpu_eval_rows(g) * EVAL_ROWS, err));
     lsa_gpu_opts opts =
         lsa_resident_options(r, lsa_max_i64(1, BANKS * x->n_doc), widest_window(s, 0, x->n_doc));
     if (o) {

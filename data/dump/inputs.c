@@ -50,17 +50,17 @@ lsa_status lsa_dump_inputs_plan(lsa_dump_plan *p, const lsa_dump_inputs *in, con
     return lsa_disk_free(&p->disk_free, out, err);
 }
 
-lsa_status lsa_dump_measure(lsa_dump_plan *p, lsa_session *s, const lsa_dump_inputs *in, const lsa_doc *doc,
-                            int64_t first, lsa_err *err) {
+lsa_status lsa_dump_measure(lsa_dump_plan *p, const lsa_reader *r, const lsa_dump_inputs *in,
+                            const lsa_doc *doc, int64_t first, lsa_err *err) {
     lsa_doc part = *doc;
     lsa_doc_stats stats = {0};
     double flops = 0;
     part.n_token = lsa_min_i64(LSA_TAP_CHUNK, doc->n_token);
     const double t0 = lsa_now_s();
-    const lsa_status st = lsa_tap_document(&stats, s, &in->c, &in->load.rule, &part, false, NULL, NULL, err);
+    const lsa_status st = lsa_tap_document(&stats, r, &in->c, &in->load.rule, &part, false, NULL, NULL, err);
     const double dt = lsa_now_s() - t0 + 1e-9;
     lsa_doc_stats_fini(&stats);
-    lsa_session_reset(s);
+    if (r->session) lsa_session_reset(r->session);
     for (int64_t i = first; i < in->load.n; i++)
         flops += lsa_teacher_flops(&in->c, &p->teacher, in->length[i]);
     p->measured_tokens = part.n_token;
@@ -103,7 +103,7 @@ static lsa_status measure_here(lsa_dump_plan *p, const lsa_dump_inputs *in, cons
     const lsa_session_opts so = {.max_tokens = lsa_min_i64(LSA_TAP_CHUNK, doc.n_token),
                                  .chunk = LSA_TAP_CHUNK};
     LSA_TRY(lsa_session_create(&s, e, &so, err));
-    LSA_TRY(lsa_dump_measure(p, s, in, &doc, 0, err));
+    LSA_TRY(lsa_dump_measure(p, &(lsa_reader){.session = s}, in, &doc, 0, err));
 done:
     lsa_session_destroy(s);
     lsa_engine_close(e);

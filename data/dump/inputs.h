@@ -22,7 +22,7 @@ LSA_NODISCARD lsa_status lsa_dump_inputs_plan(lsa_dump_plan *p, const lsa_dump_i
                                               const lsa_dump_opts *o, const char *out, lsa_err *err);
 
 /* Reads the first tokens of `doc` with statistics, and scales by FLOPs to documents first..load.n-1. */
-LSA_NODISCARD lsa_status lsa_dump_measure(lsa_dump_plan *p, lsa_session *s, const lsa_dump_inputs *in,
+LSA_NODISCARD lsa_status lsa_dump_measure(lsa_dump_plan *p, const lsa_reader *r, const lsa_dump_inputs *in,
                                           const lsa_doc *doc, int64_t first, lsa_err *err);
 
 /* lsa-dump plan: prints it (json: one line), then refuses what does not fit. Nothing is written; weights are

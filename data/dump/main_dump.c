@@ -45,13 +45,7 @@
         "sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"                              \
     }
 
-static lsa_status check_device(const char *device, lsa_err *err) {
-    if (device && strcmp(device, "auto") && strcmp(device, "cpu"))
-        LSA_RET_FAIL(LSA_E_DEVICE,
-                     "--device %s: the teacher runs on the CPU only in this version; use --device cpu",
-                     device);
-    return LSA_OK;
-}
+static const char *const DEVICE_HELP = "where the teacher runs: cpu, cuda or cuda:N (default cpu)";
 
 static lsa_status need_inputs(const lsa_dump_opts *o, const char *out, lsa_err *err) {
     if (!o->teacher || !o->tokens || !out)
@@ -61,21 +55,19 @@ static lsa_status need_inputs(const lsa_dump_opts *o, const char *out, lsa_err *
 
 static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
     lsa_dump_opts o = lsa_dump_defaults();
-    const char *out = NULL, *device = NULL;
+    const char *out = NULL, *device = "cpu";
     bool dry = false, json = false;
-    const lsa_opt opts[] = {
-        DUMP_OPTS(o),
-        {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
-        {"device", "auto|cpu", LSA_OPT_STR, &device, "where the teacher runs (default auto)"},
-        {"dry-run", NULL, LSA_OPT_FLAG, &dry, "print the plan and stop"},
-        {"json", NULL, LSA_OPT_FLAG, &json, "print the plan as JSON"},
-        {0}};
+    const lsa_opt opts[] = {DUMP_OPTS(o),
+                            {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
+                            {"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP},
+                            {"dry-run", NULL, LSA_OPT_FLAG, &dry, "print the plan and stop"},
+                            {"json", NULL, LSA_OPT_FLAG, &json, "print the plan as JSON"},
+                            {0}};
     lsa_dump_plan plan;
     lsa_cli_parse("Read documents through the teacher and write what its attention needed.", "", opts, argc,
                   argv, NULL, 0);
     lsa_status st = need_inputs(&o, out, err);
-    if (st == LSA_OK) st = check_device(device, err);
-    if (st == LSA_OK) st = lsa_dump_run(&o, out, dry, &plan, err);
+    if (st == LSA_OK) st = lsa_dump_run(&o, out, device, dry, &plan, err);
     if (st == LSA_OK && json) st = lsa_dump_print_plan_json(&plan, true, err);
     return st;
 }
@@ -102,14 +94,14 @@ static lsa_status cmd_plan(int argc, char **argv, lsa_err *err) {
 }
 
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
-    const char *dir;
-    const lsa_opt opts[] = {{0}};
+    const char *dir, *device = "cpu";
+    const lsa_opt opts[] = {{"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP}, {0}};
     bool imported;
     lsa_cli_parse("Go on with an interrupted dump or import from its last sealed shard.", "SHARDS", opts,
                   argc, argv, &dir, 1);
     const lsa_status st = lsa_import_made(&imported, dir, err);
     if (st != LSA_OK) return st;
-    return imported ? lsa_import_resume(dir, err) : lsa_dump_resume(dir, err);
+    return imported ? lsa_import_resume(dir, err) : lsa_dump_resume(dir, device, err);
 }
 
 static lsa_status cmd_import(int argc, char **argv, lsa_err *err) {

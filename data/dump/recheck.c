@@ -190,8 +190,8 @@ static lsa_status one_document(recheck *r, lsa_err *err) {
     const lsa_shards_info *f = lsa_shards_get_info(r->shards);
     const lsa_shards_doc d = lsa_shards_get_doc(r->shards, r->doc);
     r->different = 0;
-    LSA_TRY(lsa_tap_document(&got, r->session, lsa_engine_config(r->engine), &r->rule,
-                             lsa_docs_at(r->docs, r->doc), false, on_chunk, r, err));
+    LSA_TRY(lsa_tap_document(&got, &(lsa_reader){.session = r->session}, lsa_engine_config(r->engine),
+                             &r->rule, lsa_docs_at(r->docs, r->doc), false, on_chunk, r, err));
     if (d.n_row != got.n_token || d.n_key != got.n_key || d.n_hidden != got.n_hidden)
         LSA_FAIL(
             LSA_E_FORMAT,

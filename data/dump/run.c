@@ -23,7 +23,9 @@ typedef struct dump {
     const lsa_dump_opts *o;
     const char *out;
     lsa_engine *engine;
-    lsa_session *session;
+    const char *device;
+    lsa_ctx *ctx;
+    lsa_reader reader;
     lsa_dump_inputs in;
     lsa_manifest m;
     LSA_VEC(lsa_doc_stats) open; /* documents of the shard being gathered */
@@ -62,7 +64,7 @@ static lsa_status on_chunk(void *user, int64_t n, lsa_err *err) {
 static lsa_status one_document(dump *d, const lsa_doc *doc, lsa_err *err) {
     lsa_status st = LSA_OK;
     LSA_TRY(LSA_VEC_RESERVE(d->open, d->open.len + 1, err));
-    LSA_TRY(lsa_tap_document(&d->open.data[d->open.len], d->session, lsa_engine_config(d->engine),
+    LSA_TRY(lsa_tap_document(&d->open.data[d->open.len], &d->reader, lsa_engine_config(d->engine),
                              &d->in.load.rule, doc, d->open.len == 0, on_chunk, d, err));
     d->open_bytes += lsa_doc_stats_bytes(&d->open.data[d->open.len], &d->m.info);
     d->open.len++;
@@ -118,17 +120,33 @@ done:
     return st;
 }
 
+/* Before anything is written: a GPU that is not there, or a rule that it does not serve. */
+static lsa_status open_reader(dump *d, int64_t longest, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
+    if (lsa_ctx_kind(d->ctx) == LSA_BACKEND_CUDA) {
+        lsa_warn(
+            "the GPU pass has run on emulated kernels only, not yet on a GPU: compare some documents with a dump by --device cpu");
+        LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, err));
+    } else {
+        const lsa_session_opts so = {.max_tokens = longest, .chunk = LSA_TAP_CHUNK};
+        LSA_TRY(lsa_session_create(&d->reader.session, d->engine, &so, err));
+    }
+    LSA_TRY(lsa_reader_check(&d->reader, lsa_engine_config(d->engine), &d->in.load.rule, err));
+done:
+    return st;
+}
+
 static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t n_doc = lsa_docs_count(d->in.docs), first = d->m.info.n_doc;
     if (first > n_doc)
         LSA_FAIL(LSA_E_FORMAT, "'%s': the manifest has %lld documents sealed, the input has %lld", d->out,
                  (long long)first, (long long)n_doc);
-    lsa_session_opts so = {.max_tokens = plan->longest, .chunk = LSA_TAP_CHUNK};
-    LSA_TRY(lsa_session_create(&d->session, d->engine, &so, err));
+
     for (int64_t i = 0; i < first; i++) d->done_tokens += lsa_docs_at(d->in.docs, i)->n_token;
     if (first < n_doc)
-        LSA_TRY(lsa_dump_measure(plan, d->session, &d->in, lsa_docs_at(d->in.docs, first), first, err));
+        LSA_TRY(lsa_dump_measure(plan, &d->reader, &d->in, lsa_docs_at(d->in.docs, first), first, err));
     lsa_dump_log_plan(plan);
     LSA_TRY(lsa_dump_clean(&d->m, d->out, err));
     lsa_progress_begin(&d->progress, "dump", "tokens", (double)plan->tokens, (double)d->done_tokens);
@@ -149,7 +167,9 @@ done:
 static void dump_fini(dump *d) {
     for (int64_t i = 0; i < d->open.len; i++) lsa_doc_stats_fini(&d->open.data[i]);
     lsa_free(d->open.data);
-    lsa_session_destroy(d->session);
+    lsa_session_destroy(d->reader.session);
+    lsa_gpu_run_destroy(d->reader.gpu);
+    lsa_ctx_destroy(d->ctx);
     lsa_dump_inputs_close(&d->in);
     lsa_engine_close(d->engine);
     lsa_manifest_fini(&d->m);
@@ -188,10 +208,10 @@ done:
     return st;
 }
 
-lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, lsa_dump_plan *plan,
-                        lsa_err *err) {
+lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, const char *device, bool dry_run,
+                        lsa_dump_plan *plan, lsa_err *err) {
     lsa_status st = LSA_OK;
-    dump d = {.o = o, .out = out};
+    dump d = {.o = o, .out = out, .device = device};
     int lock = -1;
     char abs[3][LSA_PATH_MAX];
     memset(plan, 0, sizeof *plan);
@@ -207,6 +227,7 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run, l
         lsa_dump_log_plan(plan);
         goto done;
     }
+    LSA_TRY(open_reader(&d, plan->longest, err));
     LSA_TRY(lsa_mkdirs(out, err));
     LSA_TRY(lsa_lock_dir(&lock, out, err));
     LSA_TRY(lsa_dump_check_fresh(out, err)); /* again, now that nobody else can start */
@@ -224,10 +245,10 @@ done:
     return st;
 }
 
-lsa_status lsa_dump_resume(const char *out, lsa_err *err) {
+lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_dump_opts o;
-    dump d = {.o = &o, .out = out};
+    dump d = {.o = &o, .out = out, .device = device};
     lsa_dump_plan plan = {0};
     int lock = -1;
     char hex[17];
@@ -253,6 +274,7 @@ lsa_status lsa_dump_resume(const char *out, lsa_err *err) {
         LSA_FAIL(LSA_E_FORMAT, "the teacher in '%s' changed since the dump began; start a new dump",
                  o.teacher);
     LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
+    LSA_TRY(open_reader(&d, plan.longest, err));
     LSA_TRY(loop(&d, &plan, err));
 done:
     dump_fini(&d);

@@ -8,10 +8,11 @@
 /* Starts a dump in `out` (fresh or empty folder), or goes on with one (resume: opts is read from the
  * manifest). A dump that does not fit disk or host memory is refused before weights are loaded; dry_run
  * stops after the plan. LSA_E_INTERRUPTED after SIGINT/SIGTERM: sealed shards stay,
- * nothing partial is left. */
-LSA_NODISCARD lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, bool dry_run,
-                                      lsa_dump_plan *plan, lsa_err *err);
-LSA_NODISCARD lsa_status lsa_dump_resume(const char *out, lsa_err *err);
+ * nothing partial is left. device: "cpu", "cuda" or "cuda:N"; a dump that began on one may end on another, in
+ * other last bits. */
+LSA_NODISCARD lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, const char *device,
+                                      bool dry_run, lsa_dump_plan *plan, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err);
 
 /* A folder that may be filled: LSA_E_ARG if it holds a manifest, or shards without one. */
 LSA_NODISCARD lsa_status lsa_dump_check_fresh(const char *out, lsa_err *err);

@@ -73,7 +73,7 @@ static void take_votes(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
     const int32_t pool = t->rule.pool;
     int32_t *out = l->vote + a->position * pool;
     if (pool == t->c->index_topk) { /* the selection is the pool */
-        l->n_vote[a->position] = lsa_votes(a->sel, a->n_sel, a->logit, t->rule.top_p, out);
+        l->n_vote[a->position] = lsa_votes(a->sel, a->n_sel, a->sel_logit, t->rule.top_p, out);
         return;
     }
     float *scratch = NULL;
@@ -82,7 +82,8 @@ static void take_votes(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
         atomic_store(&t->failed, true);
     } else if (a->n_visible) {
         int64_t n = lsa_topk(a->logit, a->n_visible, pool, NULL, 0, scratch, sel);
-        l->n_vote[a->position] = lsa_votes(sel, (int32_t)n, a->logit, t->rule.top_p, out);
+        for (int64_t i = 0; i < n; i++) scratch[i] = a->logit[sel[i]];
+        l->n_vote[a->position] = lsa_votes(sel, (int32_t)n, scratch, t->rule.top_p, out);
     }
     lsa_free(scratch);
     lsa_free(sel);
@@ -97,7 +98,7 @@ static void on_csa(void *user, const lsa_tap_csa *a) {
         l->n_sel[p] = a->n_sel;
         for (int32_t i = 0; i < a->n_sel; i++) {
             l->sel[p * t->cap + i] = a->sel[i];
-            l->logit[p * t->cap + i] = lsa_f32_to_f16(a->logit[a->sel[i]]);
+            l->logit[p * t->cap + i] = lsa_f32_to_f16(a->sel_logit[i]);
             l->mass[p * t->cap + i] = lsa_f32_to_f16(a->mass[i]);
         }
         l->local[p] = lsa_f32_to_f16(a->window_mass);
@@ -312,7 +313,7 @@ static lsa_status check_finite(const lsa_doc_stats *x, const lsa_tap_state *t, l
 
 #define TAKE(dst, src) ((dst) = (src), (src) = NULL)
 
-lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc,
+lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_reader *r, const lsa_doc *doc,
                           lsa_err *err) {
     lsa_status st = LSA_OK;
     memset(out, 0, sizeof *out);
@@ -339,7 +340,8 @@ lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_sessio
         if (t->rule.dense_every) LSA_TRY(make_dense(&out->dense[o], t, l, err));
         if (!t->rule.has_keys[o]) continue;
         int64_t n_key;
-        const float *key = lsa_session_keys(s, (lsa_csa_ord){o}, &n_key);
+        const float *key = r->gpu ? lsa_gpu_run_keys(r->gpu, (lsa_csa_ord){o}, &n_key)
+                                  : lsa_session_keys(r->session, (lsa_csa_ord){o}, &n_key);
         LSA_TRY(LSA_NEW(out->key[o], n_key * LSA_KEY_BYTES, err));
         for (int64_t i = 0; i < n_key; i++) lsa_key_encode(out->key[o] + i * LSA_KEY_BYTES, key + i * 128);
         TAKE(out->hidden[o], l->hidden);
@@ -353,7 +355,33 @@ done:
     return st;
 }
 
-lsa_status lsa_tap_document(lsa_doc_stats *out, lsa_session *s, const lsa_teacher_config *c,
+lsa_status lsa_reader_check(const lsa_reader *r, const lsa_teacher_config *c, const lsa_dump_rule *rule,
+                            lsa_err *err) {
+    if (!r->gpu) return LSA_OK;
+    if (rule->pool != c->index_topk)
+        LSA_RET_FAIL(LSA_E_CONFIG,
+                     "--pool %d: the GPU pass votes among the %d selected entries; use --device cpu",
+                     rule->pool, c->index_topk);
+    if (rule->dense_every > 0)
+        LSA_RET_FAIL(LSA_E_CONFIG, "--dense-every: the GPU pass has no dense masses yet; use --device cpu");
+    return LSA_OK;
+}
+
+static lsa_status read_by_session(lsa_session *s, const lsa_doc *doc, const lsa_taps *taps,
+                                  lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                                  lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_session_reset(s);
+    for (int64_t at = 0; at < doc->n_token; at += LSA_TAP_CHUNK) {
+        const int64_t n = lsa_min_i64(LSA_TAP_CHUNK, doc->n_token - at);
+        LSA_TRY(lsa_session_forward(s, doc->token + at, n, NULL, false, taps, err));
+        if (step) LSA_TRY(step(user, n, err));
+    }
+done:
+    return st;
+}
+
+lsa_status lsa_tap_document(lsa_doc_stats *out, const lsa_reader *r, const lsa_teacher_config *c,
                             const lsa_dump_rule *rule, const lsa_doc *doc, bool probe,
                             lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                             lsa_err *err) {
@@ -361,13 +389,10 @@ lsa_status lsa_tap_document(lsa_doc_stats *out, lsa_session *s, const lsa_teache
     lsa_tap_state *t = NULL;
     LSA_TRY(lsa_tap_begin(&t, c, rule, doc->n_token, probe, err));
     const lsa_taps taps = lsa_tap_callbacks(t);
-    lsa_session_reset(s);
-    for (int64_t at = 0; at < doc->n_token; at += LSA_TAP_CHUNK) {
-        const int64_t n = lsa_min_i64(LSA_TAP_CHUNK, doc->n_token - at);
-        LSA_TRY(lsa_session_forward(s, doc->token + at, n, NULL, false, &taps, err));
-        if (step) LSA_TRY(step(user, n, err));
-    }
-    LSA_TRY(lsa_tap_finish(out, t, s, doc, err));
+    LSA_TRY(r->gpu ? lsa_gpu_run_document(r->gpu, doc->token, doc->n_token, t->probe, (int32_t)t->n_probe,
+                                          &taps, step, user, err)
+                   : read_by_session(r->session, doc, &taps, step, user, err));
+    LSA_TRY(lsa_tap_finish(out, t, r, doc, err));
 done:
     lsa_tap_end(t);
     return st;

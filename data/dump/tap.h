@@ -4,6 +4,7 @@
 
 #include "data/docs.h"
 #include "data/shard_write.h"
+#include "infer/gpu_run.h"
 #include "infer/lsa_infer.h"
 
 typedef struct lsa_dump_rule {
@@ -17,10 +18,20 @@ typedef struct lsa_dump_rule {
 
 #define LSA_TAP_CHUNK 1024 /* tokens of a forward call; another number rounds differently */
 
-/* Reads one document through `s` (reset first) and gathers its statistics. step (may be NULL) is called after
- * every chunk of n tokens; its error ends the reading. LSA_E_NUMERIC for a result that is not finite. */
-LSA_NODISCARD lsa_status lsa_tap_document(lsa_doc_stats *out, lsa_session *s, const lsa_teacher_config *c,
-                                          const lsa_dump_rule *rule, const lsa_doc *doc, bool probe,
+typedef struct lsa_reader { /* what reads documents: one of the two; borrowed */
+    lsa_session *session;
+    lsa_gpu_run *gpu; /* the selection is the pool, and no dense masses (lsa_reader_check) */
+} lsa_reader;
+/* LSA_E_CONFIG for a rule that the reader cannot serve. */
+LSA_NODISCARD lsa_status lsa_reader_check(const lsa_reader *r, const lsa_teacher_config *c,
+                                          const lsa_dump_rule *rule, lsa_err *err);
+
+/* Reads one document (a session is reset first) and gathers its statistics. step (may be NULL) is called now
+ * and then with the tokens done since; its error ends the reading. LSA_E_NUMERIC for a result that is not
+ * finite. */
+LSA_NODISCARD lsa_status lsa_tap_document(lsa_doc_stats *out, const lsa_reader *r,
+                                          const lsa_teacher_config *c, const lsa_dump_rule *rule,
+                                          const lsa_doc *doc, bool probe,
                                           lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                                           lsa_err *err);
 
@@ -30,9 +41,9 @@ typedef struct lsa_tap_state lsa_tap_state;
 LSA_NODISCARD lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c,
                                        const lsa_dump_rule *rule, int64_t n_token, bool probe, lsa_err *err);
 lsa_taps lsa_tap_callbacks(lsa_tap_state *t);
-/* Turns what was gathered, and the session's keys, into `out`; the state is freed by lsa_tap_end either way.
+/* Turns what was gathered, and the reader's keys, into `out`; the state is freed by lsa_tap_end either way.
  */
-LSA_NODISCARD lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s,
+LSA_NODISCARD lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_reader *r,
                                         const lsa_doc *doc, lsa_err *err);
 void lsa_tap_end(lsa_tap_state *t);
 

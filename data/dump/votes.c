@@ -27,7 +27,7 @@ int32_t lsa_votes(const int32_t *pool, int32_t n, const float *logit, double top
     ranked r[MAX_POOL];
     if (n > MAX_POOL) n = MAX_POOL;
     if (n == 0) return 0;
-    for (int32_t i = 0; i < n; i++) r[i] = (ranked){logit[pool[i]], pool[i]};
+    for (int32_t i = 0; i < n; i++) r[i] = (ranked){logit[i], pool[i]};
     qsort(r, (size_t)n, sizeof *r, by_rank);
     double p[MAX_POOL], z = 0, run = 0;
     for (int32_t i = 0; i < n; i++) z += p[i] = exp((double)r[i].logit - (double)r[0].logit);

@@ -20,13 +20,13 @@ if(NOT LSA_CUDA STREQUAL "OFF")
   endif()
 endif()
 
-# Adds kernels/cuda/*.cu, kernels/cuda/step/*.cu and kernels/cuda/serve/*.cu to a library. The objects need no C++ runtime, so the plain C driver links them.
+# Adds kernels/cuda/*.cu, the .cu files below kernels/cuda to a library. The objects need no C++ runtime, so the plain C driver links them.
 function(lsa_add_cuda target)
   if(NOT LSA_HAVE_CUDA)
     return()
   endif()
   file(GLOB cu CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/kernels/cuda/*.cu ${PROJECT_SOURCE_DIR}/kernels/cuda/step/*.cu
-       ${PROJECT_SOURCE_DIR}/kernels/cuda/serve/*.cu)
+       ${PROJECT_SOURCE_DIR}/kernels/cuda/serve/*.cu ${PROJECT_SOURCE_DIR}/kernels/cuda/teacher/*.cu)
   add_library(lsa_cuda_objects OBJECT ${cu})
   target_include_directories(lsa_cuda_objects PRIVATE ${PROJECT_SOURCE_DIR})
   target_compile_options(lsa_cuda_objects PRIVATE -O3 -lineinfo

@@ -150,17 +150,21 @@ LSA_NODISCARD lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *e
 LSA_NODISCARD lsa_status lsa_gpu_peek(lsa_gpu_step *s, int32_t *n_cand, int32_t *n_pos, int32_t *cand,
                                       float *y, float *weight, float *grad, lsa_err *err);
 
-/* Evaluation of m windows (m <= batch) over all their chunks. Rows of the result: the layers, then mean, max,
- * sum; budgets [n_budget] fractions in (0, 1], topk > 0. */
+/* Evaluation of m windows (m <= batch) over all their chunks. Rows of the result: the layers, then (with a
+ * continuation) the plain sum, then mean, max, sum (continued); budgets [n_budget] fractions in (0, 1], topk
+ * > 0. */
 enum { LSA_GPU_MAX_BUDGET = 4 };
 typedef struct lsa_gpu_eval_row { /* one window under one score */
     int32_t n_cand, tp, have, n_pos, hit_k;
     float captured[LSA_GPU_MAX_BUDGET], total_mass;
 } lsa_gpu_eval_row;
 int64_t lsa_gpu_rows(const lsa_gpu_step *s); /* most windows at a time */
+static inline int32_t lsa_gpu_eval_rows(const lsa_indexer_geom *g) {
+    return g->n_layer + 3 + (g->reach > 0);
+}
 LSA_NODISCARD lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_row *row, float threshold,
                                       int64_t topk, int32_t n_budget, const double *budget,
-                                      lsa_gpu_eval_row *out, lsa_err *err); /* [L+3, m] */
+                                      lsa_gpu_eval_row *out, lsa_err *err); /* [rows, m] */
 
 /* Hard negatives of all windows of the document in slot `slot` of `s`: the hard_k chunks with the largest
  * summed logits that are not positives, under the weights of now; later steps draw from them. Scored by

@@ -11,7 +11,7 @@ expect 0 "lsa " "$bin/lsa-dump" --version
 expect 2 "" "$bin/lsa-dump"
 expect 2 "" "$bin/lsa-dump" fly
 expect 2 "--teacher, --tokens and --out" "$bin/lsa-dump" run
-expect 4 "CPU only" "$bin/lsa-dump" run --teacher $teacher --tokens recipes/mini/val.u16 --out "$work/x" --device cuda
+expect 4 "GPU 0" "$bin/lsa-dump" run --teacher $teacher --tokens recipes/mini/val.u16 --out "$work/x" --device cuda
 
 # documents: made small from the mini teacher's text
 "$python" - "$work" <<'PY' || bad "cannot make the documents"

@@ -26,6 +26,10 @@ for portable in false true; do
     check --case train --heads 32 --candidates 500 --chunks 2000 --set loss.kind=kl "${p[@]}"
     check --case full --heads 64 --chunks 1000 --set loss.kind=focal --set loss.balance=true --set loss.on=layer "${p[@]}"
     check --case full --heads 64 --chunks 1000 --set loss.on=layer "${p[@]}"
+    check --case full --heads 32 --chunks 1300 --set model.continuation=16 "${p[@]}"
+    check --case full --heads 32 --chunks 1300 --set model.continuation=5 --set loss.kind=focal --set train.micro_batch=1 "${p[@]}"
+    check --case full --heads 32 --layers 1 --chunks 700 --set model.continuation=64 --set loss.kind=bce "${p[@]}"
+    check --case eval --heads 32 --chunks 3000 --set train.batch=16 --set model.continuation=16 --set sample.candidates=all --set loss.kind=kl --set loss.on=sum "${p[@]}"
     check --case train --heads 64 --candidates 640 --chunks 4000 --set train.precision=fp8 "${p[@]}"
     check --case train --heads 32 --candidates 640 --chunks 4000 --set train.micro_batch=1 "${p[@]}"
     check --case train --heads 32 --candidates 640 --chunks 4000 --set sample.hard_share=0.5 "${p[@]}"
@@ -51,6 +55,7 @@ if command -v compute-sanitizer >/dev/null; then
         for portable in false true; do
             sanitize $tool --case train --heads 128 --candidates 200 --chunks 300 --set train.portable=$portable
             sanitize $tool --case full --heads 32 --chunks 200 --set train.portable=$portable
+            sanitize $tool --case full --heads 32 --chunks 200 --set model.continuation=16 --set train.portable=$portable
             sanitize $tool --case eval --heads 32 --chunks 200 --set train.batch=2 --set train.portable=$portable
             sanitize $tool --case train --heads 16 --candidates 130 --chunks 300 --set loss.kind=bpr --set sample.hard_share=0.5 \
                 --set optim.moments=bf16 --set train.portable=$portable

@@ -16,6 +16,8 @@ struct eval_args {
     double budget[LSA_GPU_MAX_BUDGET];
     float threshold;
     bool cached;
+    int32_t reach;     /* of the continuation; its score is one more row */
+    const float *cost; /* [reach] */
     lsa_gpu_eval_row *out;
 };
 
@@ -26,9 +28,15 @@ static __device__ float sigmoid(float z) {
 struct score {
     float rank, prob;
 };
+static __device__ __forceinline__ float sum_at(const eval_args &a, const float *z) {
+    float sum = 0;
+    for (int l = 0; l < a.L; l++) sum += z[l * (int64_t)a.m * a.n];
+    return sum;
+}
 static __device__ score score_at(const eval_args &a, int64_t row, int kind, int64_t j) {
     const float *const z = a.z + row * a.n + j;
     const int64_t layer = (int64_t)a.m * a.n;
+    const int ensemble = kind - a.L - (a.reach > 0); /* -1: the sum before the continuation */
     score s;
     if (kind < a.L) {
         s.rank = z[kind * layer];
@@ -42,8 +50,13 @@ static __device__ score score_at(const eval_args &a, int64_t row, int kind, int6
         mean += p / (float)a.L;
         top = fmaxf(top, p);
     }
-    s.rank = kind == a.L ? mean : kind == a.L + 1 ? top : sum;
-    s.prob = kind == a.L + 2 ? sigmoid(sum) : s.rank;
+    if (ensemble == 2)
+        for (int k = 1; k <= a.reach && k <= j; k++) {
+            const float v = __fsub_rn(sum_at(a, z - k), a.cost[k - 1]);
+            sum = v > sum ? v : sum;
+        }
+    s.rank = ensemble == 0 ? mean : ensemble == 1 ? top : sum;
+    s.prob = ensemble == 0 || ensemble == 1 ? s.rank : sigmoid(sum);
     return s;
 }
 
@@ -321,7 +334,7 @@ extern "C" lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_row
                                    lsa_gpu_eval_row *out, lsa_err *err) {
     lsa_status st = LSA_OK;
     eval_args a = {};
-    const int32_t L = s->g.n_layer;
+    const int32_t L = s->g.n_layer, rows = lsa_gpu_eval_rows(&s->g);
     const int64_t hist = CUTS * BINS * 4, cache = s->o.columns * 4;
     if (!s->eval_only || m < 0 || m > s->o.micro || n_budget > LSA_GPU_MAX_BUDGET)
         LSA_RET_FAIL(LSA_E_ARG, "evaluation of %lld windows by a step made for %lld", (long long)m,
@@ -332,15 +345,15 @@ extern "C" lsa_status lsa_gpu_eval(lsa_gpu_step *s, int64_t m, const lsa_gpu_row
     LSA_TRY(step_query(s, 0, m, err));
     LSA_TRY(step_score_z(s, 0, m, err));
     a.row = s->row, a.doc = s->doc, a.z = s->z, a.L = L, a.m = (int32_t)s->o.micro, a.n_cut = n_budget + 1,
-    a.n = s->o.columns;
+    a.n = s->o.columns, a.reach = s->g.reach, a.cost = s->p + s->at_costs;
     a.k_top = topk, a.threshold = threshold, a.cached = hist + cache <= 220 * 1024, a.out = s->eval;
     for (int b = 0; b < n_budget; b++) a.budget[b] = budget[b];
     LSA_CUDA(cudaFuncSetAttribute(eval_k, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   (int)(hist + (a.cached ? cache : 0))));
-    eval_k<<<dim3((unsigned)m, (unsigned)(L + 3)), THREADS, (size_t)(hist + (a.cached ? cache : 0)),
+    eval_k<<<dim3((unsigned)m, (unsigned)rows), THREADS, (size_t)(hist + (a.cached ? cache : 0)),
              s->cs->stream>>>(a);
     LSA_CUDA(cudaGetLastError());
-    for (int32_t k = 0; k < L + 3; k++)
+    for (int32_t k = 0; k < rows; k++)
         LSA_CUDA(cudaMemcpyAsync(out + k * m, s->eval + (int64_t)k * s->o.micro, (size_t)m * sizeof *out,
                                  cudaMemcpyDeviceToHost, s->cs->stream));
     LSA_CUDA(cudaStreamSynchronize(s->cs->stream));

@@ -55,6 +55,8 @@ static lsa_status check(const lsa_indexer_geom *g, const lsa_gpu_opts *o, lsa_er
         LSA_RET_FAIL(
             LSA_E_CONFIG,
             "optim.exchange bf16 needs a rank's windows at once: train.micro_batch 0, or exchange f32");
+    if (g->reach && (o->sampled || !o->on_sum))
+        LSA_RET_FAIL(LSA_E_CONFIG, "a continuation needs all candidates and a loss on the sum of the layers");
     if (o->columns < 1 || o->max_chunk > 1600000)
         LSA_RET_FAIL(LSA_E_CONFIG, "windows of up to %lld chunks: this path takes at most 1,600,000",
                      (long long)o->max_chunk);
@@ -65,7 +67,7 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_gpu_opts *o = &s->o;
     const int64_t L = s->g.n_layer, m = o->micro, B = o->batch, d = s->g.hidden, r = s->g.rank,
-                  H = s->g.n_head, P = s->n_param, M = L * s->shard.own;
+                  H = s->g.n_head, P = s->n_param, M = L * s->shard.own + s->g.reach;
     const bool z = s->eval_only || !step_pointwise(s);
     if (!s->eval_only) {
         STEP_NEW(s->p, P);
@@ -90,7 +92,7 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     STEP_NEW(s->control, 1);
     if (z) STEP_NEW(s->z, L * m * o->columns);
     if (s->eval_only) {
-        STEP_NEW(s->eval, (L + 3) * B);
+        STEP_NEW(s->eval, lsa_gpu_eval_rows(&s->g) * B);
         return LSA_OK;
     }
     STEP_NEW(s->grad, P);
@@ -116,6 +118,11 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     else
         STEP_NEW(s->weight, B * o->columns);
     if (o->loss == LSA_STEP_BPR || o->loss == LSA_STEP_MARGIN) STEP_NEW(s->zcopy, L * m * o->columns);
+    if (s->g.reach) {
+        STEP_NEW(s->zcopy, m * o->columns);
+        STEP_NEW(s->from, m * o->columns);
+        STEP_NEW(s->cost_part, B * s->g.reach);
+    }
     STEP_NEW(s->dq, L * m * H * 128);
     STEP_NEW(s->da, L * m * r);
     STEP_NEW(s->dw, L * m * H);
@@ -153,6 +160,11 @@ static __global__ void flat_from_own_k(const T *in, int64_t layer_param, int64_t
     }
 }
 
+/* Moments of the costs lie behind the others. */
+template <typename FROM, typename TO> static __global__ void costs_move_k(const FROM *in, int n, TO *out) {
+    if ((int)threadIdx.x < n) out[threadIdx.x] = (TO)(float)in[threadIdx.x];
+}
+
 /* Moments from and to flat host memory; the gradient's memory is the way station. */
 static lsa_status put_moment(lsa_gpu_step *s, const float *host, float *to, bf16 *to16, lsa_err *err) {
     const int64_t n = s->g.n_layer * s->shard.own;
@@ -163,6 +175,10 @@ static lsa_status put_moment(lsa_gpu_step *s, const float *host, float *to, bf16
         own_from_flat_k<<<4096, 256, 0, s->cs->stream>>>(s->grad, s->layer_param, n, s->shard, to);
     else
         own_from_flat_k<<<4096, 256, 0, s->cs->stream>>>(s->grad, s->layer_param, n, s->shard, to16);
+    if (s->g.reach && to)
+        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(s->grad + s->at_costs, s->g.reach, to + n);
+    else if (s->g.reach)
+        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(s->grad + s->at_costs, s->g.reach, to16 + n);
     LSA_LAUNCHED("moments in");
 }
 static lsa_status get_moment(lsa_gpu_step *s, float *host, const float *from, const bf16 *from16,
@@ -174,6 +190,10 @@ static lsa_status get_moment(lsa_gpu_step *s, float *host, const float *from, co
         flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from, s->layer_param, n, s->shard, s->grad);
     else
         flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from16, s->layer_param, n, s->shard, s->grad);
+    if (s->g.reach && from)
+        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(from + n, s->g.reach, s->grad + s->at_costs);
+    else if (s->g.reach)
+        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(from16 + n, s->g.reach, s->grad + s->at_costs);
     LSA_TRY(step_ranks_gather(s, s->grad, err));
     if (host)
         LSA_CUDA(cudaMemcpyAsync(host, s->grad, (size_t)s->n_param * sizeof(float), cudaMemcpyDeviceToHost,
@@ -191,18 +211,6 @@ static lsa_status set_params(lsa_gpu_step *s, const float *params, lsa_err *err)
     return LSA_OK;
 }
 
-static void drop_gain(lsa_gpu_shard *s) {
-    lsa_gpu_shard kept = {};
-    for (int i = 0; i < s->n_piece; i++) {
-        lsa_gpu_piece p = s->piece[i];
-        if (p.gain) continue;
-        p.at = kept.own;
-        kept.own += p.n;
-        kept.piece[kept.n_piece++] = p;
-    }
-    *s = kept;
-}
-
 /* What every step object has: geometry, memory, plans. */
 static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -211,7 +219,8 @@ static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     uint64_t keep = UINT64_MAX; /* released blocks are for the next documents, not for the driver */
     s->cs = lsa_cuda(s->ctx);
     s->n_param = lsa_indexer_n_param(&s->g);
-    s->layer_param = s->n_param / s->g.n_layer;
+    s->at_costs = lsa_indexer_costs_at(&s->g);
+    s->layer_param = s->at_costs / s->g.n_layer;
     s->at_wa = lsa_indexer_tensor_at(&s->g, 0, LSA_WQ_A).offset;
     s->at_wb = lsa_indexer_tensor_at(&s->g, 0, LSA_WQ_B).offset;
     s->at_gn = lsa_indexer_tensor_at(&s->g, 0, LSA_Q_NORM).offset;
@@ -220,7 +229,7 @@ static lsa_status open_step(lsa_gpu_step *s, lsa_err *err) {
     if (s->o.comm && !s->eval_only) {
         LSA_TRY(lsa_gpu_shard_make(&s->norm, &s->g, lsa_comm_rank(s->o.comm), lsa_comm_size(s->o.comm), err));
         if (s->o.sharded) s->shard = s->norm;
-        if (lsa_comm_rank(s->o.comm) > 0) drop_gain(&s->norm); /* counted once, by rank 0 */
+        if (lsa_comm_rank(s->o.comm) > 0) step_drop_gain(&s->norm); /* counted once, by rank 0 */
     }
     LSA_CUDA(cudaGetDeviceProperties(&prop, s->cs->device));
     s->sm90 = prop.major == 9 && prop.minor == 0 && !s->o.portable;
@@ -303,12 +312,13 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
     free(s->block);
     free(s->hard);
     free(s->n_window);
-    void *const p[] = {s->p,          s->grad,  s->m,        s->v,       s->p16,      s->m16,    s->v16,
-                       s->freq,       s->doc,   s->row,      s->where,   s->cs_table, s->n_cand, s->n_pos,
-                       s->cand,       s->y,     s->weight,   s->x,       s->u,        s->qlin,   s->dq,
-                       s->da,         s->dw,    s->a,        s->rstd,    s->w,        s->z,      s->du,
-                       s->dg_part,    s->zcopy, s->row_loss, s->partial, s->control,  s->bound,  s->eval,
-                       s->row_weight, s->word,  s->g16,      s->total,   s->hash};
+    void *const p[] = {s->p,        s->grad,    s->m,       s->v,     s->p16,     s->m16,
+                       s->v16,      s->freq,    s->doc,     s->row,   s->where,   s->cs_table,
+                       s->n_cand,   s->n_pos,   s->cand,    s->y,     s->weight,  s->x,
+                       s->u,        s->qlin,    s->dq,      s->da,    s->dw,      s->a,
+                       s->rstd,     s->w,       s->z,       s->du,    s->dg_part, s->zcopy,
+                       s->row_loss, s->partial, s->control, s->bound, s->eval,    s->row_weight,
+                       s->word,     s->g16,     s->total,   s->hash,  s->from,    s->cost_part};
     for (size_t i = 0; i < sizeof p / sizeof *p && !s->n_guarded; i++) cudaFree(p[i]);
     for (int i = 0; i < s->n_guarded; i++) cudaFree(s->guarded[i].base);
     cudaFreeHost(s->desc_host);
@@ -380,7 +390,8 @@ extern "C" lsa_status lsa_gpu_memory(const lsa_gpu_step *s, int64_t *free_bytes,
 /* ---- the step ---- */
 
 bool step_pointwise(const lsa_gpu_step *s) {
-    return (s->o.loss == LSA_STEP_BCE || s->o.loss == LSA_STEP_FOCAL) && (!s->o.on_sum || s->g.n_layer == 1);
+    return (s->o.loss == LSA_STEP_BCE || s->o.loss == LSA_STEP_FOCAL) &&
+           (!s->o.on_sum || (s->g.n_layer == 1 && s->g.reach == 0));
 }
 
 static score_args score_of(const lsa_gpu_step *s, int64_t first, int64_t m) {
@@ -474,6 +485,7 @@ static lsa_status enqueue(lsa_gpu_step *s, lsa_err *err) {
     for (int64_t first = 0; first < s->o.batch; first += s->o.micro) {
         LSA_TRY(step_query(s, first, s->o.micro, err));
         LSA_TRY(step_scores(s, first, err));
+        if (first + s->o.micro == s->o.batch) LSA_TRY(step_costs_grad(s, err));
         LSA_TRY(step_weight_grads(s, first > 0, first + s->o.micro == s->o.batch, err));
     }
     LSA_TRY(step_norm_and_control(s, err));
@@ -552,13 +564,13 @@ static __device__ __forceinline__ unsigned long long mixed(uint64_t i, uint32_t 
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
-static __global__ void hash_k(const bf16 *p16, const float *p, int64_t n, int64_t layer_param, int64_t gain0,
-                              int64_t gain1, unsigned long long *out) {
+static __global__ void hash_k(const bf16 *p16, const float *p, int64_t n, int64_t at_costs,
+                              int64_t layer_param, int64_t gain0, int64_t gain1, unsigned long long *out) {
     unsigned long long sum = 0;
     for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
         const int64_t at = i % layer_param;
-        sum += mixed((uint64_t)i, at >= gain0 && at < gain1 ? __float_as_uint(p[i])
-                                                            : (uint32_t)__bfloat16_as_ushort(p16[i]));
+        const bool f32 = i >= at_costs || (at >= gain0 && at < gain1);
+        sum += mixed((uint64_t)i, f32 ? __float_as_uint(p[i]) : (uint32_t)__bfloat16_as_ushort(p16[i]));
     }
     for (int o = 16; o >= 1; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
     if (threadIdx.x % 32 == 0) atomicAdd(out, sum);
@@ -566,7 +578,7 @@ static __global__ void hash_k(const bf16 *p16, const float *p, int64_t n, int64_
 extern "C" lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
     unsigned long long h = 0;
     LSA_CUDA(cudaMemsetAsync(s->hash, 0, sizeof *s->hash, s->cs->stream));
-    hash_k<<<4096, 256, 0, s->cs->stream>>>(s->p16, s->p, s->n_param, s->layer_param, s->at_gn,
+    hash_k<<<4096, 256, 0, s->cs->stream>>>(s->p16, s->p, s->n_param, s->at_costs, s->layer_param, s->at_gn,
                                             s->at_gn + s->g.rank, s->hash);
     LSA_CUDA(cudaMemcpyAsync(&h, s->hash, sizeof h, cudaMemcpyDeviceToHost, s->cs->stream));
     const lsa_status st = step_ranks_await(s, NULL, "comparing the GPUs", err);
@@ -586,7 +598,7 @@ extern "C" lsa_status lsa_gpu_peek(lsa_gpu_step *s, int32_t *n_cand, int32_t *n_
                                    float *weight, float *grad, lsa_err *err) {
     const size_t B = (size_t)s->o.batch, n = (size_t)s->o.columns;
     if (grad && s->g16)
-        widen_k<<<4096, 256, 0, s->cs->stream>>>(s->g16, s->n_param, s->layer_param, s->at_gn,
+        widen_k<<<4096, 256, 0, s->cs->stream>>>(s->g16, s->at_costs, s->layer_param, s->at_gn,
                                                  s->at_gn + s->g.rank, s->grad);
     LSA_CUDA(cudaStreamSynchronize(s->cs->stream));
     if (n_cand) LSA_CUDA(cudaMemcpy(n_cand, s->n_cand, B * 4, cudaMemcpyDeviceToHost));

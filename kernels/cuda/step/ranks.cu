@@ -44,6 +44,10 @@ void step_ranks_close(lsa_gpu_step *s) {
     s->ranks = NULL;
 }
 
+bool step_ranks_first(const lsa_gpu_step *s) {
+    return !s->ranks || lsa_comm_rank(s->ranks->host) == 0;
+}
+
 lsa_status step_ranks_add(lsa_gpu_step *s, double *v, int64_t n, lsa_err *err) {
     return s->ranks ? lsa_gpu_comm_add(s->ranks->gpu, v, n, LSA_GPU_F64, s->cs->stream, err) : LSA_OK;
 }
@@ -82,6 +86,8 @@ lsa_status step_ranks_reduce(lsa_gpu_step *s, step_grad_part part, lsa_err *err)
         LSA_TRY(reduce_tensor(s, LSA_WQ_A, stream, err));
         LSA_TRY(reduce_tensor(s, LSA_Q_NORM, stream, err));
         LSA_TRY(reduce_tensor(s, LSA_W_PROJ, stream, err));
+        if (s->g.reach)
+            LSA_TRY(lsa_gpu_comm_add(x->gpu, s->grad + s->at_costs, s->g.reach, LSA_GPU_F32, stream, err));
     }
     LSA_TRY(lsa_gpu_comm_end(x->gpu, err));
 done:

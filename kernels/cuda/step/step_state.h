@@ -73,10 +73,11 @@ struct lsa_gpu_step {
     lsa_indexer_geom g;
     lsa_gpu_opts o;
     int64_t n_param, layer_param;       /* all; of one layer */
+    int64_t at_costs;                   /* of the continuation, [g.reach] behind all layers */
     int64_t at_wa, at_wb, at_gn, at_ww; /* offsets inside a layer */
     bool sm90, eval_only;               /* eval_only: p, p16 and freq are borrowed */
     int n_sm;
-    /* weights; moments [L, shard.own] */
+    /* weights; moments [L, shard.own], then of the costs */
     float *p, *grad, *m, *v; /* m, v: bf16 with bf16_moments */
     bf16 *p16, *m16, *v16;
     bf16 *g16; /* gradients of the projections, if exchanged in bf16 */
@@ -100,8 +101,10 @@ struct lsa_gpu_step {
     bf16 *x, *u, *qlin, *dq, *da, *dw;      /* [L,m,d] [L,m,r] [L,m,H*128] same [L,m,r] [L,m,H] */
     float *a, *rstd, *w, *z, *du, *dg_part; /* [L,m,r] [L,m] [L,m,H] [L,m,n] [L,m,r] [L,16,r] */
     float *bound;                           /* [L,m] power of two not below the window's largest |dz| */
-    float *zcopy;                           /* as z; pairwise losses only */
-    double *row_loss, *partial;             /* [B/m, L, m] [STEP_PARTIALS] */
+    float *zcopy;               /* as z: pairwise losses; [m,n] continued scores, their gradient */
+    uint8_t *from;              /* [m,n] how far the best score came from; continuation only */
+    double *cost_part;          /* [B, reach] gradient of the costs by window */
+    double *row_loss, *partial; /* [B/m, L, m] [STEP_PARTIALS] */
     step_gemm gemm[STEP_GEMMS], gemm_add[STEP_GEMMS];
     step_guarded guarded[STEP_ARRAYS]; /* with poison */
     int n_guarded;
@@ -166,8 +169,10 @@ lsa_status step_cudnn_norm(lsa_gpu_step *s, bool backward, int repeats, double *
 lsa_status step_score_z(lsa_gpu_step *s, int64_t first, int64_t m, lsa_err *err);
 lsa_status step_score_grad(lsa_gpu_step *s, int64_t first, bool pointwise, lsa_err *err);
 lsa_status step_loss(lsa_gpu_step *s, int64_t first, lsa_err *err);
+lsa_status step_costs_grad(lsa_gpu_step *s, lsa_err *err); /* once all micro-batches have been */
 lsa_status step_norm_and_control(lsa_gpu_step *s, lsa_err *err);
 lsa_status step_update(lsa_gpu_step *s, lsa_err *err);
+void step_drop_gain(lsa_gpu_shard *s);
 lsa_status step_shadow(lsa_gpu_step *s, lsa_err *err); /* p16 from p */
 /* one micro-batch forward to the queries' projections */
 lsa_status step_query(lsa_gpu_step *s, int64_t first, int64_t m, lsa_err *err);

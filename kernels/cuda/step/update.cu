@@ -20,6 +20,11 @@ struct loss_args {
     double *row_loss;
     float *copy;  /* pairwise: z as it was */
     float *bound; /* [layers, m] power of two not below the largest |dz|: the gradient kernel's f16 scale */
+    /* continuation: reach 0 none; copy is then [m, n] */
+    int reach;
+    const float *cost;
+    uint8_t *from;
+    double *cost_part; /* [m, reach] */
 };
 
 static __device__ float block_max(float v) {
@@ -59,26 +64,63 @@ static __device__ double pair_row(const loss_args &a, const float *z, const floa
     return loss;
 }
 
+/* z'(c) = max over j of z(c - j) - b_j, ties to the smaller j; ops.h, continuation. */
+static __device__ __forceinline__ float continued(const loss_args &a, const float *z, int64_t c,
+                                                  uint8_t *from) {
+    float best = z[c];
+    int won = 0;
+    for (int j = 1; j <= a.reach && j <= c; j++) {
+        const float v = __fsub_rn(z[c - j], a.cost[j - 1]);
+        if (v > best) best = v, won = j;
+    }
+    from[c] = (uint8_t)won;
+    return best;
+}
+
+/* The gradient of the continued scores back to z, and of the costs: a warp a cost, in a fixed order. */
+static __device__ void lend_back(const loss_args &a, int64_t row, int64_t k, const float *d,
+                                 const uint8_t *from, float *z) {
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c < k; c += THREADS) {
+        float s = 0;
+        for (int j = 0; j <= a.reach && c + j < k; j++)
+            if (from[c + j] == j) s += d[c + j];
+        z[c] = s;
+    }
+    for (int j = 1 + (int)(threadIdx.x >> 5); j <= a.reach; j += THREADS / 32) {
+        double s = 0;
+        for (int64_t c = threadIdx.x & 31; c < k; c += 32)
+            if (from[c] == j) s += (double)d[c];
+        for (int o = 16; o >= 1; o /= 2) s += __shfl_xor_sync(0xffffffffu, s, o);
+        if ((threadIdx.x & 31) == 0) a.cost_part[row * a.reach + j - 1] = s;
+    }
+}
+
 static __global__ void __launch_bounds__(THREADS) loss_k(const __grid_constant__ loss_args a) {
     const int64_t i = blockIdx.x, k = a.n_cand[i];
-    float *const z = a.z + (int64_t)blockIdx.y * a.layer_stride + i * a.n;
+    float *const sum = a.z + (int64_t)blockIdx.y * a.layer_stride + i * a.n;
+    float *const z = a.reach ? a.copy + i * a.n : sum; /* what the loss sees, then its gradient */
+    uint8_t *const from = a.from + i * a.n;
     const float *const y = a.y + i * a.n;
     const float w = a.row_weight ? a.row_weight[i] : 1.0f;
     double *const out = a.row_loss + (int64_t)blockIdx.y * a.m + i;
     float top = -INFINITY;
     for (int64_t j = threadIdx.x; j < k; j += THREADS) {
-        float s = z[j];
-        for (int l = 1; l < a.L; l++) s += z[l * a.layer_stride + j];
-        z[j] = s;
-        if (s > top || isnan(s)) top = s;
+        float s = sum[j];
+        for (int l = 1; l < a.L; l++) s += sum[l * a.layer_stride + j];
+        sum[j] = s;
+        if (s > top || isnan(s)) top = s; /* lending makes no score higher than the highest */
+    }
+    if (a.reach) {
+        __syncthreads();
+        for (int64_t j = threadIdx.x; j < k; j += THREADS) z[j] = continued(a, sum, j, from);
     }
     double loss = 0;
     if (a.kind == LSA_STEP_KL) {
         top = block_max(top);
         double e = 0;
         for (int64_t j = threadIdx.x; j < k; j += THREADS) e += (double)__expf(z[j] - top);
-        const double sum = lsa_block_sum(e);
-        const float lse = top + (float)log(sum);
+        const float lse = top + (float)log(lsa_block_sum(e));
         for (int64_t j = threadIdx.x; j < k; j += THREADS) {
             const float ls = z[j] - lse, t = y[j];
             if (t > 0) loss += (double)(t * (logf(t) - ls));
@@ -99,9 +141,10 @@ static __global__ void __launch_bounds__(THREADS) loss_k(const __grid_constant__
         __syncthreads();
         loss = pair_row(a, copy, y, k, z);
     }
+    if (a.reach) lend_back(a, i, k, z, from, sum);
     float most = 0;
     for (int64_t j = threadIdx.x; j < k; j += THREADS) { /* a thread's own columns */
-        const float g = fabsf(z[j]);
+        const float g = fabsf(sum[j]);
         if (g > most || isnan(g)) most = g;
     }
     most = block_max(most);
@@ -133,6 +176,10 @@ lsa_status step_loss(lsa_gpu_step *s, int64_t first, lsa_err *err) {
     a.row_loss = s->row_loss + first * (o->on_sum ? 1 : s->g.n_layer);
     a.copy = s->zcopy;
     a.bound = s->bound;
+    a.reach = s->g.reach;
+    a.cost = s->p + s->at_costs;
+    a.from = s->from;
+    a.cost_part = s->cost_part + first * s->g.reach;
     loss_k<<<dim3((unsigned)m, o->on_sum ? 1u : (unsigned)s->g.n_layer), THREADS, 0, s->cs->stream>>>(a);
     LSA_LAUNCHED("loss");
 }
@@ -168,6 +215,19 @@ static __global__ void __launch_bounds__(THREADS) sumsq_k(const float4 *g, int64
     if (threadIdx.x == 0) part[blockIdx.x] = total;
 }
 
+/* Without the norm gains, which all ranks hold and one counts. */
+void step_drop_gain(lsa_gpu_shard *s) {
+    lsa_gpu_shard kept = {};
+    for (int i = 0; i < s->n_piece; i++) {
+        lsa_gpu_piece p = s->piece[i];
+        if (p.gain) continue;
+        p.at = kept.own;
+        kept.own += p.n;
+        kept.piece[kept.n_piece++] = p;
+    }
+    *s = kept;
+}
+
 /* The same over this rank's pieces of the layers; NARROW: of the gradient exchanged in bf16. */
 template <bool NARROW>
 static __global__ void __launch_bounds__(THREADS)
@@ -186,9 +246,26 @@ static __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) part[blockIdx.x] = total;
 }
 
+/* Gradient of the costs: every window's part, in their order. */
+static __global__ void __launch_bounds__(32)
+    costs_grad_k(const double *part, int64_t B, int reach, float *grad) {
+    for (int j = threadIdx.x; j < reach; j += 32) {
+        double s = 0;
+        for (int64_t i = 0; i < B; i++) s += part[i * reach + j];
+        grad[j] = (float)-s;
+    }
+}
+lsa_status step_costs_grad(lsa_gpu_step *s, lsa_err *err) {
+    if (!s->g.reach) return LSA_OK;
+    costs_grad_k<<<1, 32, 0, s->cs->stream>>>(s->cost_part, s->o.batch, s->g.reach, s->grad + s->at_costs);
+    LSA_LAUNCHED("costs");
+}
+
 static __global__ void __launch_bounds__(THREADS)
-    totals_k(const double *part, const double *row_loss, int64_t n_loss, double *total) {
+    totals_k(const double *part, const double *row_loss, int64_t n_loss, const float *costs, int n_cost,
+             double *total) {
     double s = 0, loss = 0;
+    for (int i = threadIdx.x; i < n_cost; i += THREADS) s += (double)costs[i] * (double)costs[i];
     for (int i = threadIdx.x; i < STEP_PARTIALS; i += THREADS) s += part[i];
     for (int64_t i = threadIdx.x; i < n_loss; i += THREADS) loss += row_loss[i];
     s = lsa_block_sum(s);
@@ -230,7 +307,7 @@ lsa_status step_norm_and_control(lsa_gpu_step *s, lsa_err *err) {
     const lsa_gpu_opts *o = &s->o;
     const cudaStream_t stream = s->cs->stream;
     if (!s->ranks)
-        sumsq_k<<<STEP_PARTIALS, THREADS, 0, stream>>>((const float4 *)s->grad, s->n_param / 4, s->partial);
+        sumsq_k<<<STEP_PARTIALS, THREADS, 0, stream>>>((const float4 *)s->grad, s->at_costs / 4, s->partial);
     else if (s->g16)
         sumsq_own_k<true><<<STEP_PARTIALS, THREADS, 0, stream>>>(s->grad, s->g16, s->layer_param, s->at_gn,
                                                                  s->at_gn + s->g.rank, s->g.n_layer, s->norm,
@@ -239,6 +316,7 @@ lsa_status step_norm_and_control(lsa_gpu_step *s, lsa_err *err) {
         sumsq_own_k<false><<<STEP_PARTIALS, THREADS, 0, stream>>>(
             s->grad, NULL, s->layer_param, s->at_gn, s->at_gn + s->g.rank, s->g.n_layer, s->norm, s->partial);
     totals_k<<<1, THREADS, 0, stream>>>(s->partial, s->row_loss, o->batch * (o->on_sum ? 1 : s->g.n_layer),
+                                        s->grad + s->at_costs, step_ranks_first(s) ? s->g.reach : 0,
                                         s->total + 1);
     LSA_TRY(step_ranks_add(s, s->total + 1, 2, err));
     control_k<<<1, 1, 0, stream>>>({s->total + 1, (const step_desc *)s->desc, s->control, s->result, o->beta1,
@@ -328,6 +406,28 @@ static __global__ void __launch_bounds__(THREADS) adamw_k(const __grid_constant_
     *(uint2 *)(a.p16 + at) = *(uint2 *)h;
 }
 
+/* The costs of the continuation, which every rank updates: no decay, and never below 0 (trainer/step.h). */
+template <bool SHORT>
+static __global__ void __launch_bounds__(LSA_MAX_REACH)
+    costs_k(const __grid_constant__ adamw_args a, int64_t at_costs, int64_t at_moment, int reach) {
+    const step_control c = *a.control;
+    const int j = threadIdx.x;
+    if (c.skip || j >= reach) return;
+    const int64_t k = at_moment + j;
+    float p = a.p[at_costs + j], m = SHORT ? __bfloat162float(a.m16[k]) : a.m[k],
+          v = SHORT ? __bfloat162float(a.v16[k]) : a.v[k];
+    adam(p, a.g[at_costs + j], m, v, a, c.grad_scale, c.step_size, c.root_c2, 1.0f);
+    a.p[at_costs + j] = fmaxf(p, 0.0f);
+    if (SHORT) {
+        const uint32_t r = mix32((uint32_t)(at_costs + j) ^ mix32((uint32_t)c.updates));
+        a.m16[k] = round_random(m, r);
+        a.v16[k] = round_random(v, r >> 16);
+    } else {
+        a.m[k] = m;
+        a.v[k] = v;
+    }
+}
+
 lsa_status step_update(lsa_gpu_step *s, lsa_err *err) {
     const lsa_gpu_opts *o = &s->o;
     const adamw_args a = {s->layer_param, s->at_gn, s->at_gn + s->g.rank,
@@ -345,5 +445,10 @@ lsa_status step_update(lsa_gpu_step *s, lsa_err *err) {
         adamw_k<false, true><<<grid, THREADS, 0, s->cs->stream>>>(a);
     else
         adamw_k<false, false><<<grid, THREADS, 0, s->cs->stream>>>(a);
+    const int64_t moment = s->g.n_layer * s->shard.own;
+    if (s->g.reach && o->bf16_moments)
+        costs_k<true><<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(a, s->at_costs, moment, s->g.reach);
+    else if (s->g.reach)
+        costs_k<false><<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(a, s->at_costs, moment, s->g.reach);
     LSA_LAUNCHED("adamw");
 }

@@ -1,0 +1,166 @@
+/* Fibers and the runtime of emu.h. A fiber is entered by setcontext once, then by longjmp: no system calls.
+ */
+#include "tests/emulated/emu/emu.h"
+
+#include <csetjmp>
+#include <ucontext.h>
+
+extern "C" {
+#include "kernels/backend.h"
+#include "kernels/cpu/gemm.h"
+}
+
+dim3 blockDim, gridDim;
+
+namespace emu {
+enum { THREADS = 1024, STACK = 64 << 10, RUNS = 0, AT_BARRIER, AT_WARP };
+
+struct fiber {
+    ucontext_t start;
+    jmp_buf here;
+    char *stack;
+    bool live, entered;
+    int state;
+    unsigned mask;
+};
+static fiber fibers[THREADS];
+static jmp_buf scheduler;
+static const std::function<void()> *work;
+int current;
+uint3 thread_index[THREADS], block_index;
+char *dynamic;
+uint64_t warp_value[32][32];
+
+static void broken(const char *what, int thread) {
+    fprintf(stderr, "emulated kernel: %s (block %u,%u,%u, thread %d)\n", what, block_index.x, block_index.y,
+            block_index.z, thread);
+    abort();
+}
+
+static void body() {
+    (*work)();
+    fibers[current].live = false;
+    _longjmp(scheduler, 1);
+}
+static void rest(int state) {
+    fibers[current].state = state;
+    if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
+}
+static void run(int i) {
+    current = i;
+    if (_setjmp(scheduler)) return;
+    if (fibers[i].entered) _longjmp(fibers[i].here, 1);
+    fibers[i].entered = true;
+    setcontext(&fibers[i].start);
+}
+
+void barrier() {
+    rest(AT_BARRIER);
+}
+void meet(unsigned mask, uint64_t value) {
+    if (!(mask >> lane() & 1)) broken("a lane is not in its own mask", current);
+    values()[lane()] = value;
+    fibers[current].mask = mask;
+    rest(AT_WARP);
+}
+void part() {
+    rest(AT_WARP);
+}
+
+/* Frees the lanes of a mask once all of them are there. */
+static bool free_warps(int n) {
+    bool freed = false;
+    for (int i = 0; i < n; i++) {
+        if (!fibers[i].live || fibers[i].state != AT_WARP) continue;
+        const int w = i & ~31;
+        const unsigned mask = fibers[i].mask;
+        bool all = true;
+        for (int k = 0; k < 32; k++) {
+            if (!(mask >> k & 1)) continue;
+            if (w + k >= n || !fibers[w + k].live) broken("a lane of a mask has left the kernel", w + k);
+            all = all && fibers[w + k].state == AT_WARP && fibers[w + k].mask == mask;
+        }
+        for (int k = 0; all && k < 32; k++)
+            if (mask >> k & 1) fibers[w + k].state = RUNS;
+        freed = freed || all;
+    }
+    return freed;
+}
+
+static void run_block(int n) {
+    for (int i = 0; i < n; i++) {
+        fiber *const f = &fibers[i];
+        if (!f->stack) f->stack = (char *)malloc(STACK);
+        thread_index[i] = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+        getcontext(&f->start);
+        f->start.uc_stack.ss_sp = f->stack;
+        f->start.uc_stack.ss_size = STACK;
+        f->start.uc_link = NULL;
+        makecontext(&f->start, body, 0);
+        f->live = true;
+        f->entered = false;
+        f->state = RUNS;
+    }
+    for (;;) {
+        bool ran = false, any = false;
+        for (int i = 0; i < n; i++) {
+            if (fibers[i].live && fibers[i].state == RUNS) {
+                run(i);
+                ran = true;
+            }
+            any = any || fibers[i].live;
+        }
+        if (!any) return;
+        if (ran || free_warps(n)) continue;
+        for (int i = 0; i < n; i++)
+            if (fibers[i].live && fibers[i].state != AT_BARRIER) broken("waits for ever", i);
+        for (int i = 0; i < n; i++) fibers[i].state = RUNS;
+    }
+}
+
+void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()> &kernel) {
+    const size_t room = (shared + 255) / 256 * 256 + 256;
+    blockDim = block;
+    gridDim = grid;
+    work = &kernel;
+    dynamic = (char *)aligned_alloc(256, room);
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                block_index = {x, y, z};
+                memset(dynamic, 0xff, room); /* NaN */
+                run_block((int)(block.x * block.y * block.z));
+            }
+    free(dynamic);
+}
+} // namespace emu
+
+extern "C" {
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+const char *cudaGetErrorString(cudaError_t) {
+    return "emulated";
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t) {
+    memcpy(to, from, n);
+    return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
+    *p = malloc(n);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+}
+
+/* cuBLASLt's product by the cpu column's. */
+lsa_status lsa_cuda_gemm(lsa_ctx *, const lsa_gemm_args *a, lsa_err *) {
+    lsa_gemm_nt(a->m, a->n, a->k, a->alpha, a->a, a->k, a->b, a->k, a->beta, a->c, a->n);
+    return LSA_OK;
+}

@@ -1,0 +1,180 @@
+/* CUDA kernels on the CPU, for machines without a GPU: blocks one after the other, the threads of a block as
+ * fibers that change places at barriers and warp exchanges. Finds wrong indices, missing barriers that
+ * deadlock, masks that lie, wrong sums; not races, not alignment, nothing of tensor cores or asynchronous
+ * copies. Fibers run in one fixed order. Sources go through translate.py first. Stops the program with a
+ * message on a broken rule. C++17. */
+#ifndef LSA_TESTS_EMULATED_EMU_EMU_H
+#define LSA_TESTS_EMULATED_EMU_EMU_H
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+namespace emu {
+extern int current; /* thread of the block */
+extern uint3 thread_index[1024], block_index;
+extern char *dynamic; /* extern __shared__ arrays */
+extern uint64_t warp_value[32][32];
+
+void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()> &kernel);
+void barrier();
+/* All lanes of the mask meet: first with their values, then again before anyone goes on to the next exchange.
+ */
+void meet(unsigned mask, uint64_t value);
+void part();
+
+template <typename T> inline uint64_t bits(T v) {
+    uint64_t u = 0;
+    static_assert(sizeof v <= sizeof u, "8 bytes at most");
+    memcpy(&u, &v, sizeof v);
+    return u;
+}
+template <typename T> inline T from(uint64_t u) {
+    T v;
+    memcpy(&v, &u, sizeof v);
+    return v;
+}
+inline int lane() {
+    return current & 31;
+}
+inline uint64_t *values() {
+    return warp_value[current >> 5];
+}
+template <typename T> inline T exchange(unsigned mask, T v, int source, bool in) {
+    meet(mask, bits(v));
+    const T r = in ? from<T>(values()[source & 31]) : v;
+    part();
+    return r;
+}
+} // namespace emu
+
+extern dim3 blockDim, gridDim;
+#define threadIdx       (emu::thread_index[emu::current])
+#define blockIdx        (emu::block_index)
+#define __syncthreads() emu::barrier()
+
+static inline void __syncwarp(unsigned m = 0xffffffffu) {
+    emu::meet(m, 0);
+    emu::part();
+}
+template <typename T> static inline T __shfl_sync(unsigned m, T v, int s) {
+    return emu::exchange(m, v, s, true);
+}
+template <typename T> static inline T __shfl_xor_sync(unsigned m, T v, int o) {
+    return emu::exchange(m, v, emu::lane() ^ o, true);
+}
+template <typename T> static inline T __shfl_up_sync(unsigned m, T v, int o) {
+    return emu::exchange(m, v, emu::lane() - o, emu::lane() >= o);
+}
+template <typename T> static inline T __shfl_down_sync(unsigned m, T v, int o) {
+    return emu::exchange(m, v, emu::lane() + o, emu::lane() + o < 32);
+}
+template <typename F> static inline unsigned emu_vote(unsigned m, uint64_t v, F counts) {
+    unsigned r = 0;
+    emu::meet(m, v);
+    for (int i = 0; i < 32; i++)
+        if ((m >> i & 1) && counts(emu::values()[i])) r |= 1u << i;
+    emu::part();
+    return r;
+}
+static inline unsigned __ballot_sync(unsigned m, int p) {
+    return emu_vote(m, p != 0, [](uint64_t x) { return x != 0; });
+}
+template <typename T> static inline unsigned __match_any_sync(unsigned m, T v) {
+    const uint64_t mine = emu::bits(v);
+    return emu_vote(m, mine, [mine](uint64_t x) { return x == mine; });
+}
+static inline unsigned __reduce_max_sync(unsigned m, unsigned v) {
+    unsigned r = 0;
+    emu_vote(m, v, [&r](uint64_t x) {
+        r = x > r ? (unsigned)x : r;
+        return false;
+    });
+    return r;
+}
+static inline unsigned __activemask() { /* alone: allowed, if slow */
+    return 1u << emu::lane();
+}
+
+template <typename T> static inline T atomicAdd(T *p, T v) {
+    const T old = *p;
+    *p = old + v;
+    return old;
+}
+template <typename T> static inline T __ldcs(const T *p) {
+    return *p;
+}
+template <typename T, typename U> static inline void __stcs(T *p, U v) {
+    *p = v;
+}
+static inline float emu_rounded(float x) { /* no fused product */
+    volatile float r = x;
+    return r;
+}
+static inline float __fadd_rn(float a, float b) {
+    return emu_rounded(a + b);
+}
+static inline float __fsub_rn(float a, float b) {
+    return emu_rounded(a - b);
+}
+static inline float __fmul_rn(float a, float b) {
+    return emu_rounded(a * b);
+}
+static inline float __fdiv_rn(float a, float b) {
+    return emu_rounded(a / b);
+}
+static inline double __dadd_rn(double a, double b) {
+    volatile double r = a + b;
+    return r;
+}
+static inline double __dmul_rn(double a, double b) {
+    volatile double r = a * b;
+    return r;
+}
+#define __expf(x) expf(x)
+static inline uint32_t __float_as_uint(float x) {
+    return emu::from<uint32_t>(emu::bits(x));
+}
+static inline float __uint_as_float(uint32_t x) {
+    return emu::from<float>(x);
+}
+static inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+using std::isfinite;
+using std::isnan;
+template <typename A, typename B> static inline auto min(A a, B b) -> decltype(a + b) {
+    return a < b ? a : b;
+}
+template <typename A, typename B> static inline auto max(A a, B b) -> decltype(a + b) {
+    return a > b ? a : b;
+}
+
+/* The runtime: device memory is host memory, a stream runs at once. */
+#define cudaLaunchKernelEx                             emu_launch_ex
+#define cudaSetDevice(device)                          cudaSuccess
+#define cudaFuncSetAttribute(kernel, attribute, value) cudaSuccess
+template <typename... P, typename... V>
+static cudaError_t emu_launch_ex(const cudaLaunchConfig_t *c, void (*kernel)(P...), V... v) {
+    emu::launch(c->gridDim, c->blockDim, c->dynamicSmemBytes, [&] { kernel(v...); });
+    return cudaSuccess;
+}
+
+#endif
