@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's first command on a copy of the tree: ends well, leaves exactly one indexer.safetensors, one lsa-decode
-# and one report.html, and its indexer beats recency by 0.10 of the answers, and in captured mass.
+# and one report.html, and its indexer beats recency by half of the answers, and in captured mass.
 set -euo pipefail
 src=${LSA_SRC:-$PWD}
 dir=$(mktemp -d /tmp/lsa-quickstart.XXXXXX)
@@ -20,6 +20,6 @@ rows = {r["policy"]: r for r in json.load(open(sys.argv[1]))["rows"]}
 lsa, rec, full = rows["lsa"], rows["recency"], rows["full"]
 print("recalled lsa %.3f recency %.3f full %.3f; captured lsa %.3f recency %.3f" % (
     lsa["recalled"], rec["recalled"], full["recalled"], lsa["captured"], rec["captured"]))
-ok = lsa["recalled"] >= rec["recalled"] + 0.10 and lsa["captured"] > rec["captured"] and math.isfinite(lsa["nll"])
+ok = lsa["recalled"] >= rec["recalled"] + 0.50 and lsa["captured"] > rec["captured"] and math.isfinite(lsa["nll"])
 sys.exit(0 if ok else "the trained indexer does not beat recency as it should")
 E2

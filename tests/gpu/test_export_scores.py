@@ -190,7 +190,7 @@ try:
     run("lsa-export", "import", TEACHER, "--out", f"{work}/native")
     run("lsa-export", "write", f"{work}/native", "--out", f"{work}/mini")
     run("lsa-dump", "run", "--teacher", TEACHER, "--tokens", TOKENS, "--needs", NEEDS, "--documents", "0:1", "--out", f"{work}/shards")
-    run("lsa-train", "run", "--recipe", "recipes/mini-cpu.yaml", "--data", f"{work}/shards", "--out", f"{work}/run", "--device", "cpu", "--set", "train.steps=5",
+    run("lsa-train", "run", "--recipe", "recipes/mini-cpu.yaml", "--data", f"{work}/shards", "--out", f"{work}/run", "--device", "cpu", "--set", "train.steps=5", "--set", "model.continuation=0",
         "--set", "train.eval_every=0", "--set", "sample.val_documents=0", "--set", "model.heads=128")
     run("lsa-export", "write", f"{work}/run", "--out", f"{work}/trained-128")
     for name in ("mini", "trained-128"):
