@@ -110,10 +110,11 @@ lsa_status lsa_block_build(lsa_block *b, const lsa_source *s, const lsa_recipe *
             memcpy(key + k * 128, d->key[l] + k * LSA_KEY_BYTES, 128);
             memcpy(scale + k * 4, d->key[l] + k * LSA_KEY_BYTES + 128, 4);
         }
-        memcpy(out + b->doc.hidden + l * d->info.n_hidden * hid * 2, d->hidden[l],
-               (size_t)(d->info.n_hidden * hid * 2));
+        if (d->info.n_hidden)
+            memcpy(out + b->doc.hidden + l * d->info.n_hidden * hid * 2, d->hidden[l],
+                   (size_t)(d->info.n_hidden * hid * 2));
     }
-    memcpy(out + b->doc.window, window, (size_t)n_window * sizeof *window);
+    if (n_window) memcpy(out + b->doc.window, window, (size_t)n_window * sizeof *window);
     memcpy(out + b->doc.need_begin, x.begin, (size_t)(n_window + 1) * sizeof *x.begin);
     if (x.n) {
         memcpy(out + b->doc.chunk, x.chunk, (size_t)x.n * sizeof *x.chunk);
