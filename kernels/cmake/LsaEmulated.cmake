@@ -41,4 +41,5 @@ endfunction()
 
 lsa_emulated(select INCLUDES serve/select.cu)
 lsa_emulated(update INCLUDES step/update.cu)
+lsa_emulated(eval INCLUDES step/eval.cu)
 lsa_emulated(teacher SOURCES teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/teacher.cu)

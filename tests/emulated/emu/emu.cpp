@@ -153,6 +153,10 @@ cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
     *p = malloc(n);
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
+cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t) {
+    *p = malloc(n);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
 cudaError_t cudaFreeHost(void *p) {
     free(p);
     return cudaSuccess;

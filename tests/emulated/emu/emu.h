@@ -137,6 +137,9 @@ static inline float __fmul_rn(float a, float b) {
 static inline float __fdiv_rn(float a, float b) {
     return emu_rounded(a / b);
 }
+static inline float __fdividef(float a, float b) {
+    return a / b;
+}
 static inline double __dadd_rn(double a, double b) {
     volatile double r = a + b;
     return r;
