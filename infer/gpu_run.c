@@ -135,19 +135,22 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
         for (int32_t k = 0; k < a->n_probe; k++)
             if (a->probe[k].position == t.position)
                 t.logit = a->probe[k].logit, t.iq = a->probe[k].iq, t.iw = a->probe[k].iw;
+        if (a->dense && (t.position + 1) % a->dense_every == 0)
+            t.dense_mass =
+                a->dense + ((t.position + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
         x->taps->csa(x->taps->user, &t);
     }
 }
 
 lsa_status lsa_gpu_run_document(lsa_gpu_run *x, const int32_t *token, int64_t n, const int64_t *probe,
-                                int32_t n_probe, const lsa_taps *taps,
+                                int32_t n_probe, int64_t dense_every, const lsa_taps *taps,
                                 lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                                 lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_teacher_config *c = &x->e->c;
     x->taps = taps;
     x->n = n;
-    LSA_TRY(lsa_gpu_teacher_begin(x->teacher, token, n, probe, n_probe, err));
+    LSA_TRY(lsa_gpu_teacher_begin(x->teacher, token, n, probe, n_probe, dense_every, err));
     for (int32_t l = 0; l < c->n_layer; l++) {
         x->in_work = l;
         LSA_TRY(lsa_gpu_teacher_layer(x->teacher, x->layer[l], taps && taps->csa ? on_rows : NULL, x, err));

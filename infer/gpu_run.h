@@ -16,10 +16,12 @@ LSA_NODISCARD lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, con
 void lsa_gpu_run_destroy(lsa_gpu_run *x); /* NULL allowed */
 
 /* Reads token [n] from position 0. taps->csa is called as by a session, but logit, iq and iw are NULL except
- * at the positions probe [n_probe], ascending, and dense_mass always; the other hooks are not asked. step
- * (NULL allowed) is called after every layer with its share of the n tokens; its error ends the reading. */
+ * at the positions probe [n_probe], ascending; dense_mass is there where (position + 1) mod dense_every = 0
+ * (0: nowhere). The other hooks are not asked. step (NULL allowed) is called after every layer with its share
+ * of the n tokens; its error ends the reading. */
 LSA_NODISCARD lsa_status lsa_gpu_run_document(lsa_gpu_run *x, const int32_t *token, int64_t n,
-                                              const int64_t *probe, int32_t n_probe, const lsa_taps *taps,
+                                              const int64_t *probe, int32_t n_probe, int64_t dense_every,
+                                              const lsa_taps *taps,
                                               lsa_status (*step)(void *user, int64_t n, lsa_err *err),
                                               void *user, lsa_err *err);
 /* Next-token logits of tokens [first, first + m) of the last document, m <= LSA_GPU_RUN_CHUNK: host [m,

@@ -362,8 +362,7 @@ lsa_status lsa_reader_check(const lsa_reader *r, const lsa_teacher_config *c, co
         LSA_RET_FAIL(LSA_E_CONFIG,
                      "--pool %d: the GPU pass votes among the %d selected entries; use --device cpu",
                      rule->pool, c->index_topk);
-    if (rule->dense_every > 0)
-        LSA_RET_FAIL(LSA_E_CONFIG, "--dense-every: the GPU pass has no dense masses yet; use --device cpu");
+
     return LSA_OK;
 }
 
@@ -390,7 +389,7 @@ lsa_status lsa_tap_document(lsa_doc_stats *out, const lsa_reader *r, const lsa_t
     LSA_TRY(lsa_tap_begin(&t, c, rule, doc->n_token, probe, err));
     const lsa_taps taps = lsa_tap_callbacks(t);
     LSA_TRY(r->gpu ? lsa_gpu_run_document(r->gpu, doc->token, doc->n_token, t->probe, (int32_t)t->n_probe,
-                                          &taps, step, user, err)
+                                          rule->dense_every, &taps, step, user, err)
                    : read_by_session(r->session, doc, &taps, step, user, err));
     LSA_TRY(lsa_tap_finish(out, t, r, doc, err));
 done:

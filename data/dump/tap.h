@@ -20,7 +20,7 @@ typedef struct lsa_dump_rule {
 
 typedef struct lsa_reader { /* what reads documents: one of the two; borrowed */
     lsa_session *session;
-    lsa_gpu_run *gpu; /* the selection is the pool, and no dense masses (lsa_reader_check) */
+    lsa_gpu_run *gpu; /* the selection must be the pool (lsa_reader_check) */
 } lsa_reader;
 /* LSA_E_CONFIG for a rule that the reader cannot serve. */
 LSA_NODISCARD lsa_status lsa_reader_check(const lsa_reader *r, const lsa_teacher_config *c,

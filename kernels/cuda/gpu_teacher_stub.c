@@ -23,8 +23,8 @@ void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
     (void)l;
 }
 lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n, const int64_t *probe,
-                                 int32_t n_probe, lsa_err *err) {
-    (void)t, (void)token, (void)n, (void)probe, (void)n_probe;
+                                 int32_t n_probe, int64_t dense_every, lsa_err *err) {
+    (void)t, (void)token, (void)n, (void)probe, (void)n_probe, (void)dense_every;
     NO_CUDA;
 }
 lsa_status lsa_gpu_teacher_layer(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa_gpu_csa_tap *tap, void *user,

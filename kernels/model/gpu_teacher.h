@@ -58,10 +58,12 @@ LSA_NODISCARD lsa_status lsa_gpu_layer_put(lsa_gpu_layer **out, lsa_gpu_teacher 
 void lsa_gpu_layer_drop(lsa_gpu_layer *l); /* NULL allowed; before the teacher */
 
 /* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary. probe [n_probe],
- * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. */
+ * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. dense_every >
+ * 0: the dense mass (notes 15.1) of positions with (position + 1) mod dense_every = 0 is wanted. */
 enum { LSA_GPU_MAX_PROBE = 4 };
 LSA_NODISCARD lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n,
-                                               const int64_t *probe, int32_t n_probe, lsa_err *err);
+                                               const int64_t *probe, int32_t n_probe, int64_t dense_every,
+                                               lsa_err *err);
 
 /* What a CSA layer did for tokens [first, first + m) of the document: host arrays of the teacher, valid
  * during the call. Rows of sel, logit and mass are top-k long, n_sel [m] entries of them count, ascending by
@@ -78,6 +80,9 @@ typedef struct lsa_gpu_csa_rows {
     const float *hidden;                  /* [m, d] attention input after its norm */
     const lsa_gpu_probe *probe;           /* [n_probe] those of these tokens */
     int32_t n_probe;
+    const float *
+        dense; /* rows [visible chunks] of the wanted positions among these tokens, dense_ld apart; or NULL */
+    int64_t dense_every, dense_ld;
 } lsa_gpu_csa_rows;
 typedef void lsa_gpu_csa_tap(void *user, const lsa_gpu_csa_rows *rows);
 

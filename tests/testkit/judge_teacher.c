@@ -63,7 +63,7 @@ static lsa_status run_gpu(judge *j, double *keys, double *logits, lsa_ctx *ctx, 
     const lsa_taps taps = {.user = j, .csa = on_csa};
     LSA_TRY(LSA_NEW(buf, chunk * V, err));
     LSA_TRY(lsa_gpu_run_create(&x, ctx, e, n, chunk, err));
-    LSA_TRY(lsa_gpu_run_document(x, token, n, NULL, 0, &taps, NULL, NULL, err));
+    LSA_TRY(lsa_gpu_run_document(x, token, n, NULL, 0, 0, &taps, NULL, NULL, err));
     for (int32_t o = 0; o < j->c->n_csa; o++) {
         int64_t a, b;
         const float *ours = lsa_gpu_run_keys(x, (lsa_csa_ord){o}, &a),
@@ -192,6 +192,11 @@ static int compare_documents(const lsa_doc_stats *a, const lsa_doc_stats *b, con
         mass = fmax(mass, worst_f16(x->mass, y->mass, x->n_entry));
         mass = fmax(mass, worst_f16(a->local_mass[o], b->local_mass[o], a->n_token));
         mass = fmax(mass, worst_f16(a->sink_mass[o], b->sink_mass[o], a->n_token));
+        const lsa_csr *d = &a->dense[o], *f = &b->dense[o]; /* an entry at dense_min may be on either side */
+        bad += d->n_row != f->n_row || d->n_row < 2 || d->n_entry != f->n_entry ||
+               !same(d->chunk, f->chunk, d->n_entry * 4);
+        if (d->n_entry == f->n_entry) mass = fmax(mass, worst_f16(d->mass, f->mass, d->n_entry));
+        mass = fmax(mass, worst_f16(d->rest, f->rest, lsa_min_i64(d->n_row, f->n_row)));
         for (int64_t i = 0; i < a->n_hidden * c->hidden; i++) apart += a->hidden[o][i] != b->hidden[o][i];
         for (int64_t i = 0; i < a->n_key * LSA_KEY_BYTES; i++) apart += a->key[o][i] != b->key[o][i];
         bad += apart * 50 > a->n_hidden * c->hidden + a->n_key * LSA_KEY_BYTES;
@@ -215,7 +220,12 @@ int judge_dump(lsa_ctx *ctx, const char *dir, int64_t n) {
     lsa_rng rng = lsa_rng_make(12, 6);
     LSA_TRY(lsa_engine_open(&e, dir, NULL, err));
     const lsa_teacher_config *c = lsa_engine_config(e);
-    lsa_dump_rule rule = {.top_p = 0.6, .pool = c->index_topk, .hidden_stride = 16, .stats = true};
+    lsa_dump_rule rule = {.top_p = 0.6,
+                          .pool = c->index_topk,
+                          .hidden_stride = 16,
+                          .stats = true,
+                          .dense_every = 16,
+                          .dense_min = 1e-4};
     for (int32_t o = 0; o < c->n_csa; o++) rule.has_keys[o] = true;
     LSA_TRY(LSA_NEW(token, n, err));
     for (int64_t i = 0; i < n; i++) token[i] = (int32_t)lsa_rng_below(&rng, (uint64_t)c->vocab);

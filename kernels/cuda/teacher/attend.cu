@@ -2,6 +2,10 @@
  * (architecture notes 5.4). One row serves as key and value of all heads. A block a token. */
 #include "kernels/cuda/teacher/teacher_state.h"
 
+extern "C" {
+#include "kernels/core/lsa_ids.h"
+}
+
 enum {
     THREADS = TEACHER_THREADS,
     WARPS = THREADS / 32,
@@ -94,6 +98,69 @@ static __global__ void __launch_bounds__(THREADS) attend_k(const __grid_constant
         a.part[t] = window_sum / (float)a.H;
         a.part[a.m + t] = sink_sum / (float)a.H;
     }
+}
+
+/* ---- dense mass: what each visible chunk would get if all were attended (notes 15.1), mean of heads ---- */
+
+struct dense_args {
+    const float *q, *win, *row, *sink;
+    float *out;
+    int64_t p, first, every, ld; /* first: position of the first wanted token */
+    int H, D, window, ratio;
+};
+
+/* A block a wanted token. Scores are computed twice rather than kept: there may be a hundred thousand. */
+static __global__ void __launch_bounds__(THREADS) dense_k(const __grid_constant__ dense_args a) {
+    __shared__ float most_of[WARPS], sum_of[WARPS];
+    const int64_t pos = a.first + (int64_t)blockIdx.x * a.every, t = pos - a.p,
+                  n_win = min(pos + 1, (int64_t)a.window), n = (pos + 1) / a.ratio;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const float f = 1.0f / sqrtf((float)a.D);
+    float *const out = a.out + (int64_t)blockIdx.x * a.ld;
+    for (int64_t i = tid; i < n; i += THREADS) out[i] = 0;
+    for (int h = 0; h < a.H; h++) {
+        const float *const q = a.q + (t * a.H + h) * a.D;
+        const auto score = [&](const float *r) { /* of a warp */
+                                                 float s = 0;
+                                                 for (int c = lane; c < a.D; c += 32) s += q[c] * r[c];
+                                                 for (int o = 16; o >= 1; o /= 2)
+                                                     s += __shfl_xor_sync(0xffffffffu, s, o);
+                                                 return s * f;
+        };
+        float most = a.sink[h], sum = 0;
+        for (int64_t i = warp; i < n; i += WARPS) most = fmaxf(most, score(a.row + i * a.D));
+        __syncthreads();
+        if (lane == 0) most_of[warp] = most;
+        __syncthreads();
+        for (int w = 0; w < WARPS; w++) most = fmaxf(most, most_of[w]);
+        for (int64_t i = warp; i < n_win; i += WARPS)
+            sum += expf(score(a.win + (pos - n_win + 1 + i) * a.D) - most);
+        for (int64_t i = warp; i < n; i += WARPS) sum += expf(score(a.row + i * a.D) - most);
+        if (lane == 0) sum_of[warp] = sum;
+        __syncthreads();
+        float z = expf(a.sink[h] - most);
+        for (int w = 0; w < WARPS; w++) z += sum_of[w];
+        const float share = 1.0f / (z * (float)a.H);
+        for (int64_t i = warp; i < n; i += WARPS) {
+            const float s = score(a.row + i * a.D);
+            if (lane == 0) out[i] += expf(s - most) * share;
+        }
+    }
+}
+
+lsa_status teacher_dense(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, int64_t *rows,
+                         lsa_err *err) {
+    const lsa_gpu_teacher_geom *g = &t->g;
+    const int64_t e = t->dense_every, first = e ? (p + e) / e * e - 1 : 0, ld = t->max_tokens / LSA_CHUNK + 1;
+    *rows = e && first < p + m ? (p + m - 1 - first) / e + 1 : 0;
+    if (*rows == 0) return LSA_OK;
+    const dense_args a = {t->q, t->win, t->row,    l->w.sink,   t->dense,  p,         first,
+                          e,    ld,     g->n_head, g->head_dim, g->window, l->w.ratio};
+    dense_k<<<(unsigned)*rows, THREADS, 0, t->cs->stream>>>(a);
+    LSA_CUDA(cudaGetLastError());
+    LSA_CUDA(cudaMemcpyAsync(t->host_dense, t->dense, (size_t)(*rows * ld) * sizeof(float),
+                             cudaMemcpyDeviceToHost, t->cs->stream));
+    return LSA_OK;
 }
 
 /* [G, m, R] -> [m, G R] */

@@ -153,6 +153,8 @@ extern "C" void lsa_gpu_teacher_destroy(lsa_gpu_teacher *t) {
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++) cudaFreeHost(pinned[i]);
     for (int i = 0; i < LSA_GPU_MAX_PROBE; i++) cudaFreeHost(t->host_probe[i]);
+    lsa_ctx_free(t->ctx, t->dense);
+    cudaFreeHost(t->host_dense);
     free(t);
 }
 
@@ -214,13 +216,31 @@ extern "C" void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
     free(l);
 }
 
+static lsa_status room_for_dense(lsa_gpu_teacher *t, int64_t every, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int64_t rows = every > 0 ? t->chunk / every + 1 : 0, ld = t->max_tokens / LSA_CHUNK + 1;
+    t->dense_every = every > 0 ? every : 0;
+    if (rows <= t->dense_room) return LSA_OK;
+    lsa_ctx_free(t->ctx, t->dense);
+    cudaFreeHost(t->host_dense);
+    t->dense = t->host_dense = NULL;
+    t->dense_room = 0;
+    NEW(t->dense, rows * ld);
+    PINNED(t->host_dense, rows * ld);
+    t->dense_room = rows;
+done:
+    return st;
+}
+
 extern "C" lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n,
-                                            const int64_t *probe, int32_t n_probe, lsa_err *err) {
+                                            const int64_t *probe, int32_t n_probe, int64_t dense_every,
+                                            lsa_err *err) {
     lsa_status st = LSA_OK;
     if (n_probe < 0 || n_probe > LSA_GPU_MAX_PROBE)
         LSA_RET_FAIL(LSA_E_ARG, "%d probed positions; at most %d", n_probe, LSA_GPU_MAX_PROBE);
     t->n_probe = n_probe;
     for (int32_t i = 0; i < n_probe; i++) t->probe[i] = probe[i];
+    LSA_TRY(room_for_dense(t, dense_every, err));
     if (n < 1 || n > t->max_tokens)
         LSA_RET_FAIL(LSA_E_ARG, "a document of %lld tokens; there is room for %lld", (long long)n,
                      (long long)t->max_tokens);
@@ -253,6 +273,7 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
     lsa_status st = LSA_OK;
     const lsa_gpu_layer_weights *w = &l->w;
     const bool csa = w->roles == 2, tell = csa && tap;
+    int64_t dense = 0; /* rows */
     LSA_TRY(teacher_collapse(t, p, m, w->attn_fn, w->attn_base, w->attn_scale, w->attn_norm, err));
     if (tell)
         LSA_CUDA(cudaMemcpyAsync(t->host_hidden, t->x, (size_t)(m * t->g.hidden) * 4, cudaMemcpyDeviceToHost,
@@ -261,6 +282,7 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
     if (w->ratio) LSA_TRY(teacher_compress(t, l, p / w->ratio, (p + m) / w->ratio, err));
     if (csa) LSA_TRY(teacher_select(t, p, m, err));
     LSA_TRY(teacher_attend(t, l, p, m, err));
+    if (tell) LSA_TRY(teacher_dense(t, l, p, m, &dense, err));
     LSA_TRY(teacher_expand(t, p, m, err));
     LSA_TRY(teacher_collapse(t, p, m, w->ffn_fn, w->ffn_base, w->ffn_scale, w->ffn_norm, err));
     LSA_TRY(teacher_moe(t, l, p, m, err));
@@ -285,7 +307,10 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
                                        t->host_part + m,
                                        t->host_hidden,
                                        probe,
-                                       n_probe};
+                                       n_probe,
+                                       dense ? t->host_dense : NULL,
+                                       t->dense_every,
+                                       t->max_tokens / LSA_CHUNK + 1};
         tap(user, &rows);
     }
 done:

@@ -44,6 +44,8 @@ struct lsa_gpu_teacher {
     int32_t *sel, *n_sel, *host_sel, *host_n_sel;
     int64_t probe[LSA_GPU_MAX_PROBE];
     int32_t n_probe;
+    int64_t dense_every, dense_room;      /* room: rows of the chunk that there is memory for */
+    float *dense, *host_dense;            /* [room, T/4] */
     float *host_probe[LSA_GPU_MAX_PROBE]; /* [T/4] logits, [ID], [Hi] */
     float *sel_logit, *mass, *part, *host_sel_logit, *host_mass, *host_part,
         *host_hidden; /* part [2,m] window, sink */
@@ -61,6 +63,9 @@ lsa_status teacher_compress(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t 
                             lsa_err *err);
 lsa_status teacher_select(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_err *err);
 lsa_status teacher_attend(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err);
+/* Dense mass of the wanted positions, into host_dense; *rows: how many. */
+lsa_status teacher_dense(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, int64_t *rows,
+                         lsa_err *err);
 lsa_status teacher_moe(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err);
 /* c [m,n] = a [m,k] b [n,k]^T (+ c) */
 static inline lsa_status teacher_gemm(lsa_gpu_teacher *t, int64_t m, int64_t n, int64_t k, const float *a,
