@@ -5,7 +5,7 @@
 #include "kernels/cuda/step/step_state.h"
 
 enum { THREADS = 1024 };
-#include "kernels/cuda/step/choose.cuh"
+#include "kernels/cuda/choose.cuh"
 
 struct eval_args {
     const lsa_gpu_row *row;

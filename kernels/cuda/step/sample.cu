@@ -9,7 +9,7 @@
 #include "kernels/cuda/step/ranks.h"
 
 enum { THREADS = 512 };
-#include "kernels/cuda/step/choose.cuh"
+#include "kernels/cuda/choose.cuh"
 
 static __global__ void prepare_k(const lsa_gpu_row *ring, size_t ring_rows, const step_control *control,
                                  bool from_ring, const step_doc *doc, const float *freq, int half,

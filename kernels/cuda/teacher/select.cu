@@ -6,7 +6,8 @@ extern "C" {
 #include "kernels/core/lsa_ids.h"
 }
 
-enum { THREADS = TEACHER_THREADS, TOKENS = 16, KEYS = 64, BITS = 11, BINS = 1 << BITS };
+enum { THREADS = TEACHER_THREADS, TOKENS = 16, KEYS = 64 };
+#include "kernels/cuda/choose.cuh"
 
 /* lsa_visible, on the device. */
 static __device__ __forceinline__ int64_t visible_to(int64_t position) {
@@ -56,29 +57,10 @@ static __global__ void __launch_bounds__(THREADS) index_k(const __grid_constant_
     }
 }
 
-/* Larger logits have larger words; a NaN has the least. */
-static __device__ __forceinline__ uint32_t ordered(float x) {
+/* Larger logits have smaller words; a NaN has the largest. */
+static __device__ __forceinline__ uint32_t word_of(float x) {
     const uint32_t u = __float_as_uint(x + 0.0f);
-    return x == x ? u ^ ((0u - (u >> 31)) | 0x80000000u) : 0u;
-}
-
-static __device__ uint32_t scan(uint32_t v, uint32_t *total) {
-    __shared__ uint32_t part[THREADS / 32];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    uint32_t upto = v, before = 0, all = 0;
-    for (int o = 1; o < 32; o *= 2) {
-        const uint32_t x = __shfl_up_sync(0xffffffffu, upto, o);
-        if (lane >= o) upto += x;
-    }
-    __syncthreads();
-    if (lane == 31) part[warp] = upto;
-    __syncthreads();
-    for (int w = 0; w < THREADS / 32; w++) {
-        if (w < warp) before += part[w];
-        all += part[w];
-    }
-    *total = all;
-    return before + upto - v;
+    return x == x ? ~(u ^ ((0u - (u >> 31)) | 0x80000000u)) : 0xffffffffu;
 }
 
 struct choose_args {
@@ -89,57 +71,26 @@ struct choose_args {
     float *sel_logit;
 };
 
-/* A block a token: the k-th word by digits of 11 bits, then one ordered walk. */
+/* A block a token: the k smallest words, then one ordered walk. */
 static __global__ void __launch_bounds__(THREADS) choose_k(const __grid_constant__ choose_args a) {
-    __shared__ uint32_t bin[BINS], found, left, in_bin;
+    __shared__ uint32_t bin[BINS];
     const int64_t t = blockIdx.x, n = visible_to(a.p + t);
     const float *const z = a.logit + t * a.ld;
-    const int k = (int)min((int64_t)a.k, n), tid = threadIdx.x;
-    uint32_t prefix = 0, want = (uint32_t)k;
-    bool all_ties = n == k;
-    if (tid == 0) found = 0, left = want, in_bin = 0;
-    for (int shift = 21, up = 32; !all_ties; up = shift, shift = shift > 10 ? 10 : 0) {
-        const uint32_t mask = shift == 0 ? 1023u : 2047u;
-        for (int i = tid; i < BINS; i += THREADS) bin[i] = 0;
-        __syncthreads();
-        for (int64_t c = tid; c < n; c += THREADS) {
-            const uint32_t w = ordered(z[c]);
-            if (up == 32 || w >> up == prefix) atomicAdd(&bin[w >> shift & mask], 1u);
-        }
-        __syncthreads();
-        uint32_t sum = 0, total;
-        for (int i = 0; i < BINS / THREADS; i++) sum += bin[BINS - 1 - tid * (BINS / THREADS) - i];
-        uint32_t before = scan(sum, &total);
-        for (int i = 0; i < BINS / THREADS; i++) {
-            const int b = BINS - 1 - tid * (BINS / THREADS) - i;
-            if (before < want && want <= before + bin[b]) {
-                found = prefix << (up - shift) | (uint32_t)b;
-                left = want - before;
-                in_bin = bin[b];
-            }
-            before += bin[b];
-        }
-        __syncthreads();
-        prefix = found;
-        want = left;
-        all_ties = want == in_bin;
-        if (shift == 0 || all_ties) {
-            prefix <<= shift; /* the least word that may be kept */
-            break;
-        }
-        __syncthreads();
-    }
-    if (n == k) prefix = 0;
-    uint32_t done = 0, ties = 0;
+    const int tid = threadIdx.x;
+    cut best = {0xffffffffu, 0, true}; /* all of them */
+    if (n > a.k)
+        best = choose((uint32_t)a.k, bin, [&](auto visit) {
+            for (int64_t c = tid; c < n; c += THREADS) visit(word_of(z[c]));
+        });
+    uint32_t done = 0, ties = 0, total;
     for (int64_t c0 = 0; c0 < n; c0 += THREADS) {
         const int64_t c = c0 + tid;
-        const uint32_t w = c < n ? ordered(z[c]) : 0;
-        const bool tie = c < n && !all_ties && w == prefix;
-        uint32_t total;
-        const uint32_t rank = ties + scan(tie, &total);
+        const uint32_t w = c < n ? word_of(z[c]) : 0xffffffffu;
+        const uint32_t tie = c < n && w == best.word;
+        const uint32_t rank = ties + scan(tie, &total) - tie;
         ties += total;
-        const bool in = c < n && (all_ties ? w >= prefix : w > prefix || (tie && rank < want));
-        const uint32_t at = done + scan(in, &total);
+        const uint32_t in = c < n && (w < best.word || (tie && (best.all_ties || rank < best.ties)));
+        const uint32_t at = done + scan(in, &total) - in;
         done += total;
         if (in) {
             a.sel[t * a.k + at] = (int32_t)c;

@@ -1,7 +1,7 @@
 /* Sums over a block of THREADS threads and the choice of the k smallest words of a set: integer counts only,
  * so the order of threads does not matter. */
-#ifndef LSA_KERNELS_CUDA_STEP_CHOOSE_CUH
-#define LSA_KERNELS_CUDA_STEP_CHOOSE_CUH
+#ifndef LSA_KERNELS_CUDA_CHOOSE_CUH
+#define LSA_KERNELS_CUDA_CHOOSE_CUH
 
 #include <stdint.h>
 
