@@ -65,6 +65,9 @@ int main() {
         for (int mode = 0; mode < 4; mode++)
             bad += check(300 + draw() % 6000, 1 + draw() % 3, round % 2 ? 5 : 100000, mode);
     bad += check(40000, 2, 100000, LSA_SELECT_BUDGET);
+    for (int levels : {1, 2, 5, 100000}) /* many pages alike: the k-th by the bits of the key */
+        for (int round = 0; round < 3; round++)
+            bad += check(60000 + draw() % 60000, 1, levels, LSA_SELECT_PAGES);
     bad +=
         check(262144 + 64 * 7 + 5, 1, 100000, LSA_SELECT_PAGES); /* more than a thread keeps in registers */
     printf("%s\n", bad ? "FAILED" : "ok");

@@ -318,18 +318,39 @@ static __device__ __forceinline__ void count_in(uint32_t *bin, uint32_t b) {
     if ((threadIdx.x & 31) == (unsigned)__ffs((int)same) - 1) atomicAdd(&bin[b], (uint32_t)__popc(same));
 }
 
-/* The k best pages of a request, ascending: histograms of 11 bits until the bin that holds the k-th key is
- * small, then ranks by counting, then one ordered walk. A thread keeps its first keys (all, up to a million
- * tokens) in registers. */
+/* Least and greatest over 1,024 threads. */
+static __device__ void range_of(uint32_t *lo, uint32_t *hi) {
+    __shared__ uint32_t least[32], most[32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const uint32_t a = __reduce_min_sync(0xffffffffu, *lo), b = __reduce_max_sync(0xffffffffu, *hi);
+    if (lane == 0) least[warp] = a, most[warp] = b;
+    __syncthreads();
+    *lo = __reduce_min_sync(0xffffffffu, least[lane]);
+    *hi = __reduce_max_sync(0xffffffffu, most[lane]);
+}
+
+/* The k best pages of a request, ascending. The first histogram is by how many chunks are above the threshold
+ * and, within that, by STEPS equal parts of the range that the highest scores have: the bin of the k-th page
+ * then holds few pages, and their ranks are counted. Where it holds many, as with equal scores, histograms of
+ * 11 bits of the key go on until it does not. Then one ordered walk. A thread keeps its first keys (all, up
+ * to a million tokens) in registers. */
 static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ select_args a) {
-    enum { DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / 1024, KEPT = 4, FEW = 512 };
+    enum {
+        DIGIT = 11,
+        BINS = 1 << DIGIT,
+        OWN = BINS / 1024,
+        KEPT = 4,
+        FEW = 128,
+        STEPS = BINS / (LSA_PAGE_CHUNKS + 2)
+    };
     __shared__ uint32_t bin[BINS];
     __shared__ uint64_t found_at, few[FEW];
     __shared__ int64_t k_at;
-    __shared__ uint32_t in_bin, n_few;
+    __shared__ uint32_t in_bin, n_few, digit_at;
+    const int t = threadIdx.x;
+    for (int j = t; j < BINS; j += 1024) bin[j] = 0;
     serve_wait();
     const int64_t i = blockIdx.x, n = chunks_of(a, i), n_page = (n + LSA_PAGE_CHUNKS - 1) / LSA_PAGE_CHUNKS;
-    const int t = threadIdx.x;
     const uint64_t *const key = a.page_key + i * a.page_stride;
     const span e = evictable(a.rule, n);
     int64_t forced = 0;
@@ -352,19 +373,8 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
             if (t + j * 1024 < n_page) visit(mine[j]);
         for (int64_t p = t + KEPT * 1024; p < n_page; p += 1024) visit(key[p]);
     };
-    if (t == 0) found_at = 0, k_at = k0, in_bin = k0 < n_page ? ~0u : 0, n_few = 0;
-    __syncthreads();
-    int above = 64, shift = 64 - 9;
-    for (; in_bin > FEW; above = shift, shift -= DIGIT) {
-        const uint64_t found = found_at;
-        const int64_t k = k_at;
-        for (int j = t; j < BINS; j += 1024) bin[j] = 0;
-        __syncthreads();
-        each([&](uint64_t x) {
-            if (above == 64 || x >> above == found >> above)
-                count_in(bin, (uint32_t)(x >> shift) & (BINS - 1));
-        });
-        __syncthreads();
+    /* the bin of the k-th largest: what `set` is told, by one thread */
+    const auto find = [&](int64_t k, auto set) {
         uint32_t v[OWN], sum = 0;
 #pragma unroll
         for (int j = 0; j < OWN; j++) sum += v[j] = bin[BINS - 1 - t * OWN - j];
@@ -372,27 +382,67 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             if (before < k && k <= (int64_t)before + v[j]) {
-                found_at = found | (uint64_t)(BINS - 1 - t * OWN - j) << shift;
+                set((uint32_t)(BINS - 1 - t * OWN - j));
                 k_at = k - before;
-                in_bin = v[j]; /* 1 at the latest after the last bits: keys differ */
+                in_bin = v[j];
             }
             before += v[j];
         }
         __syncthreads();
-    }
-    if (in_bin > 0) { /* above: the bits of found_at that are known */
-        const uint64_t found = found_at;
+    };
+    /* the pages that `in` names, at most FEW: the k_at-th of them */
+    const auto rank = [&](auto in) {
         each([&](uint64_t x) {
-            if (x >> above == found >> above) few[atomicAdd(&n_few, 1u)] = x;
+            if (in(x)) few[atomicAdd(&n_few, 1u)] = x;
         });
         __syncthreads();
-        const uint32_t which = (uint32_t)t / 2; /* two threads a key */
+        const uint32_t which = (uint32_t)t / 8; /* eight threads a key */
         const uint64_t own = which < n_few ? few[which] : 0;
         int larger = 0;
-        for (uint32_t j = t & 1; j < n_few; j += 2) larger += few[j] > own;
-        larger += __shfl_xor_sync(0xffffffffu, larger, 1);
+        for (uint32_t j = t & 7; j < n_few; j += 8) larger += few[j] > own;
+        for (int o = 1; o < 8; o *= 2) larger += __shfl_xor_sync(0xffffffffu, larger, o);
         if (which < n_few && larger == k_at - 1) found_at = own;
         __syncthreads();
+    };
+    const bool whole = k0 == n_page;
+    if (t == 0) found_at = 0, in_bin = 0, n_few = 0;
+    if (!whole) {
+        uint32_t lo = ~0u, hi = 0;
+        each([&](uint64_t x) {
+            lo = min(lo, (uint32_t)(x >> PAGE_BITS)), hi = max(hi, (uint32_t)(x >> PAGE_BITS));
+        });
+        range_of(&lo, &hi);
+        const uint32_t scale =
+            (uint32_t)(((uint64_t)STEPS << 32) / max((uint64_t)hi - lo + 1, (uint64_t)STEPS + 1));
+        const auto digit = [&](uint64_t x) {
+            return (uint32_t)(x >> (32 + PAGE_BITS)) * STEPS +
+                   __umulhi((uint32_t)(x >> PAGE_BITS) - lo, scale);
+        };
+        each([&](uint64_t x) { atomicAdd(&bin[digit(x)], 1u); });
+        __syncthreads();
+        find(k0, [&](uint32_t b) { digit_at = b; });
+        if (in_bin <= FEW) {
+            const uint32_t at = digit_at;
+            rank([&](uint64_t x) { return digit(x) == at; });
+        } else {
+            if (t == 0) k_at = k0;
+            int above = 64, shift = 64 - 9;
+            for (bool first = true; first || in_bin > FEW; above = shift, shift -= DIGIT, first = false) {
+                __syncthreads();
+                const uint64_t found = found_at;
+                const int64_t k = k_at;
+                for (int j = t; j < BINS; j += 1024) bin[j] = 0;
+                __syncthreads();
+                each([&](uint64_t x) {
+                    if (above == 64 || x >> above == found >> above)
+                        count_in(bin, (uint32_t)(x >> shift) & (BINS - 1));
+                });
+                __syncthreads();
+                find(k, [&](uint32_t b) { found_at = found | (uint64_t)b << shift; });
+            }
+            const uint64_t found = found_at; /* above: the bits of it that are known */
+            rank([&](uint64_t x) { return x >> above == found >> above; });
+        }
     }
     /* ids: KEPT times 1,024 pages at a time; entry j of a warp's counts precedes entry j + 1 of all */
     const uint64_t bound = found_at;

@@ -106,6 +106,9 @@ static inline unsigned __reduce_max_sync(unsigned m, unsigned v) {
     });
     return r;
 }
+static inline unsigned __reduce_min_sync(unsigned m, unsigned v) {
+    return ~__reduce_max_sync(m, ~v);
+}
 static inline unsigned __activemask() { /* alone: allowed, if slow */
     return 1u << emu::lane();
 }
@@ -157,6 +160,9 @@ static inline float __uint_as_float(uint32_t x) {
 }
 static inline int __popc(uint32_t x) {
     return __builtin_popcount(x);
+}
+static inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+    return (uint32_t)((uint64_t)a * b >> 32);
 }
 static inline int __ffs(int x) {
     return __builtin_ffs(x);
