@@ -272,6 +272,7 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm,
         opts.comm = x->comm;
         opts.batch = x->n_shard * lsa_order_rows(o);
         opts.micro = r->micro_batch ? r->micro_batch : opts.batch;
+        opts.snapshots = !x->comm || lsa_comm_rank(x->comm) == 0;
     }
     LSA_TRY(lsa_gpu_create(&x->step, ctx, g, &opts, params, m, v, updates, err));
     *out = x;
@@ -379,8 +380,11 @@ lsa_gpu_step *lsa_resident_step(lsa_resident *x) {
 lsa_status lsa_resident_hash(lsa_resident *x, uint64_t *out, lsa_err *err) {
     return lsa_gpu_hash(x->step, out, err);
 }
-lsa_status lsa_resident_get(lsa_resident *x, float *params, float *m, float *v, lsa_err *err) {
-    return lsa_gpu_get(x->step, params, m, v, err);
+lsa_status lsa_resident_snapshot(lsa_resident *x, lsa_err *err) {
+    return lsa_gpu_snapshot(x->step, err);
+}
+lsa_status lsa_resident_snapshot_get(const lsa_resident *x, float *params, float *m, float *v, lsa_err *err) {
+    return lsa_gpu_snapshot_get(x->step, params, m, v, err);
 }
 
 /* ---- evaluation ---- */

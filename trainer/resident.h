@@ -18,7 +18,7 @@ typedef struct lsa_resident lsa_resident;
 lsa_gpu_opts lsa_resident_options(const lsa_recipe *r, int64_t n_slot, int64_t widest);
 /* Borrows source, order (NULL: evaluation only), recipe, context and comm. comm: one GPU a rank, on the
  * virtual shards that the order gives this rank; NULL or one process without a launcher: one GPU, no NCCL.
- * All functions but destroy, step and updates are then collective. */
+ * All functions but destroy, step, updates and snapshot_get are then collective. */
 LSA_NODISCARD lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm, lsa_source *s,
                                              lsa_order *o, const lsa_recipe *r, const lsa_indexer_geom *g,
                                              const float *params, const float *m, const float *v,
@@ -34,7 +34,11 @@ int64_t lsa_resident_updates(const lsa_resident *x); /* up to the last result ta
 lsa_gpu_step *lsa_resident_step(lsa_resident *x);    /* borrowed */
 /* Of the parameters: the same on every rank. */
 LSA_NODISCARD lsa_status lsa_resident_hash(lsa_resident *x, uint64_t *out, lsa_err *err);
-LSA_NODISCARD lsa_status lsa_resident_get(lsa_resident *x, float *params, float *m, float *v, lsa_err *err);
+/* Parameters and moments, copied on the GPU; rank 0 then brings them to the host, flat, in any thread and
+ * while steps go on. */
+LSA_NODISCARD lsa_status lsa_resident_snapshot(lsa_resident *x, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_resident_snapshot_get(const lsa_resident *x, float *params, float *m, float *v,
+                                                   lsa_err *err);
 
 /* As lsa_evaluate. */
 LSA_NODISCARD lsa_status lsa_resident_evaluate(lsa_eval *e, lsa_resident *x, int64_t first, int64_t last,

@@ -173,8 +173,12 @@ done:
     return st;
 }
 
-/* Begins a checkpoint: waits for the one before, takes the snapshot (on rank 0, from all); the writing goes
- * on beside the steps. The file does not depend on the number of ranks. */
+static lsa_status from_gpu(void *user, const lsa_snapshot *to, lsa_err *err) {
+    return lsa_resident_snapshot_get(user, to->params, to->m, to->v, err);
+}
+
+/* Begins a checkpoint: waits for the one before, takes the snapshot (on rank 0, from all); a GPU's way to the
+ * host and the writing go on beside the steps. The file does not depend on the number of ranks. */
 static lsa_status save(run *x, bool best, lsa_err *err) {
     lsa_status st = LSA_OK;
     json_t *state = NULL;
@@ -183,12 +187,13 @@ static lsa_status save(run *x, bool best, lsa_err *err) {
     LSA_TRY(wait_saved(x, err));
     if (x->lead) s = lsa_saver_snapshot(x->saver);
     if (lsa_comm_size(x->comm) > 1) LSA_TRY(agree_on_parameters(x, err));
-    LSA_TRY(x->resident ? lsa_resident_get(x->resident, s.params, s.m, s.v, err)
+    LSA_TRY(x->resident ? lsa_resident_snapshot(x->resident, err)
                         : lsa_trainer_get(x->trainer, s.params, s.m, s.v, err));
     if (x->lead) {
         state = state_json(x);
         if (!state) LSA_FAIL(LSA_E_NOMEM, "cannot format the training state");
-        LSA_TRY(lsa_saver_begin(x->saver, x->step, state, best, err));
+        LSA_TRY(
+            lsa_saver_begin(x->saver, x->step, state, best, x->resident ? from_gpu : NULL, x->resident, err));
     }
     x->saves++;
     x->save_s += lsa_now_s() - t0;

@@ -17,6 +17,8 @@ struct lsa_saver {
     bool best;
     int64_t step;
     json_t *state;
+    lsa_saver_fill *fill;
+    void *user;
     pthread_t thread;
     pthread_mutex_t lock; /* ended */
     bool ended;
@@ -49,8 +51,10 @@ done:
 
 static void *write_it(void *arg) {
     lsa_saver *const s = arg;
-    s->st = lsa_ckpt_save(s->run, s->step, s->g, s->snap.params, s->snap.m, s->snap.v, s->state, s->best,
-                          s->keep, s->milestone_every, &s->err);
+    s->st = s->fill ? s->fill(s->user, &s->snap, &s->err) : LSA_OK;
+    if (s->st == LSA_OK)
+        s->st = lsa_ckpt_save(s->run, s->step, s->g, s->snap.params, s->snap.m, s->snap.v, s->state, s->best,
+                              s->keep, s->milestone_every, &s->err);
     pthread_mutex_lock(&s->lock);
     s->ended = true;
     pthread_mutex_unlock(&s->lock);
@@ -104,7 +108,8 @@ lsa_snapshot lsa_saver_snapshot(lsa_saver *s) {
     return s->snap;
 }
 
-lsa_status lsa_saver_begin(lsa_saver *s, int64_t step, json_t *state, bool best, lsa_err *err) {
+lsa_status lsa_saver_begin(lsa_saver *s, int64_t step, json_t *state, bool best, lsa_saver_fill *fill,
+                           void *user, lsa_err *err) {
     if (s->running) {
         json_decref(state);
         LSA_RET_FAIL(LSA_E_BUG, "a checkpoint was begun while step %lld is being written",
@@ -113,6 +118,8 @@ lsa_status lsa_saver_begin(lsa_saver *s, int64_t step, json_t *state, bool best,
     s->step = step;
     s->state = state;
     s->best = best;
+    s->fill = fill;
+    s->user = user;
     s->ended = false;
     s->st = LSA_OK;
     s->err = (lsa_err){0};

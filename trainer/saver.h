@@ -1,4 +1,5 @@
-/* Checkpoints written off the critical path: the loop fills a snapshot, a thread writes it. The loop waits
+/* Checkpoints written off the critical path: the loop (or `fill`, in the thread) fills a snapshot, a thread
+ * writes it. The loop waits
  * only where it wants the next snapshot while the last one is still being written. A write that failed is an
  * error of the run at the next call. One calling thread. */
 #ifndef LSA_TRAINER_SAVER_H
@@ -28,7 +29,10 @@ bool lsa_saver_busy(lsa_saver *s); /* a write is running */
 LSA_NODISCARD lsa_status lsa_saver_poll(lsa_saver *s, lsa_err *err);
 /* The same, after waiting for a running one. */
 LSA_NODISCARD lsa_status lsa_saver_wait(lsa_saver *s, lsa_err *err);
-/* Begins to write the snapshot; no write may be running. Takes `state`, which nobody else may hold. */
-LSA_NODISCARD lsa_status lsa_saver_begin(lsa_saver *s, int64_t step, json_t *state, bool best, lsa_err *err);
+/* Begins to write the snapshot; no write may be running. Takes `state`, which nobody else may hold. fill:
+ * fills the snapshot first, in the writing thread; NULL where it is full. */
+typedef lsa_status lsa_saver_fill(void *user, const lsa_snapshot *to, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_saver_begin(lsa_saver *s, int64_t step, json_t *state, bool best,
+                                         lsa_saver_fill *fill, void *user, lsa_err *err);
 
 #endif

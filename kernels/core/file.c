@@ -16,6 +16,8 @@
 
 #include "kernels/core/mem.h"
 
+enum { PIECE = 1 << 25 };
+
 #define SYS_FAIL(what, path)                                                                                 \
     LSA_FAIL(lsa_status_from_errno(errno), "cannot %s '%s': %s", what, path, strerror(errno))
 
@@ -146,9 +148,11 @@ lsa_status lsa_commit_write(lsa_commit *c, const void *data, size_t n_bytes, lsa
     lsa_status st = LSA_OK;
     const char *p = data;
     while (n_bytes) {
-        ssize_t n = write(c->fd, p, n_bytes);
+        ssize_t n = write(c->fd, p, n_bytes < PIECE ? n_bytes : PIECE);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) SYS_FAIL("write", c->tmp);
+        /* a large file starts on its way to the disk now, not at the fsync; a hint, so it may fail */
+        if (n == PIECE) (void)sync_file_range(c->fd, c->n_bytes, n, SYNC_FILE_RANGE_WRITE);
         p += n;
         n_bytes -= (size_t)n;
         c->n_bytes += n;

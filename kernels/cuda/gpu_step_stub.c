@@ -61,7 +61,11 @@ lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
     (void)s, (void)out;
     NO_CUDA;
 }
-lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
+lsa_status lsa_gpu_snapshot(lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_snapshot_get(const lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
     (void)s, (void)params, (void)m, (void)v;
     NO_CUDA;
 }

@@ -54,6 +54,7 @@ typedef struct lsa_gpu_opts {
     float beta1, beta2, eps, weight_decay, clip;
     bool decay_norm;
     bool bf16_moments;
+    bool snapshots; /* memory for lsa_gpu_snapshot: 12 bytes a parameter */
     /* several GPUs: every rank has a step of the same options and windows of its own; losses, norms and
      * updates are those of all windows. NULL: this GPU alone */
     struct lsa_comm *comm; /* kernels/comm/comm.h; borrowed */
@@ -138,9 +139,14 @@ LSA_NODISCARD lsa_status lsa_gpu_result_take(lsa_gpu_step *s, lsa_gpu_result *ou
 
 /* Waits for the steps in flight, whose results stay to be taken. */
 LSA_NODISCARD lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err);
-/* Host copies, flat; any may be NULL. Waits for the steps in flight. Several GPUs: collective, every rank may
- * ask for what it wants. */
-LSA_NODISCARD lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err);
+/* Parameters and moments after the steps launched so far, copied on the device: waits for that, about 5 ms
+ * for 340 M parameters. Several GPUs: collective; those made without memory for it help the others to theirs.
+ */
+LSA_NODISCARD lsa_status lsa_gpu_snapshot(lsa_gpu_step *s, lsa_err *err);
+/* The last snapshot to host arrays, flat. May run in another thread while steps go on; the next snapshot must
+ * wait for its end. */
+LSA_NODISCARD lsa_status lsa_gpu_snapshot_get(const lsa_gpu_step *s, float *params, float *m, float *v,
+                                              lsa_err *err);
 
 /* Of what all ranks must hold alike: the bf16 weights and the norm gains. */
 LSA_NODISCARD lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err);

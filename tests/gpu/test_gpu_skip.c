@@ -77,7 +77,8 @@ static void take(state *s, lsa_gpu_step *step, int64_t n) {
     s->n = n;
     for (int i = 0; i < 3; i++)
         if (!*a[i]) OK(lsa_alloc_((void **)a[i], n, sizeof **a[i], "state", &err));
-    OK(lsa_gpu_get(step, s->p, s->m, s->v, &err));
+    OK(lsa_gpu_snapshot(step, &err));
+    OK(lsa_gpu_snapshot_get(step, s->p, s->m, s->v, &err));
 }
 static void assert_same(const state *a, const state *b) {
     const size_t bytes = (size_t)a->n * sizeof(float);
@@ -110,6 +111,7 @@ static void skips(lsa_step_loss loss, bool sampled, bool bf16_moments) {
                             .columns = sampled ? 64 : CHUNKS,
                             .max_chunk = CHUNKS,
                             .n_slot = 1,
+                            .snapshots = true,
                             .sampled = sampled,
                             .max_pos = 16,
                             .max_neg = 48,

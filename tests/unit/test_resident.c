@@ -121,7 +121,11 @@ lsa_status lsa_gpu_result_take(lsa_gpu_step *s, lsa_gpu_result *out, lsa_err *er
     *out = (lsa_gpu_result){.loss = 1, .updates = s->taken};
     return LSA_OK;
 }
-lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
+lsa_status lsa_gpu_snapshot(lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the made-up GPU has no parameters");
+}
+lsa_status lsa_gpu_snapshot_get(const lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
     (void)s, (void)params, (void)m, (void)v;
     LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the made-up GPU has no parameters");
 }

@@ -131,6 +131,8 @@ static lsa_status allocate(lsa_gpu_step *s, lsa_err *err) {
     STEP_NEW(s->row_loss, B * L);
     STEP_NEW(s->bound, L * m);
     STEP_NEW(s->partial, STEP_PARTIALS);
+    for (int i = 0; i < 3 && o->snapshots; i++) STEP_NEW(s->snapshot[i], P);
+    if (o->snapshots && (st = step_way_open(&s->way, err)) != LSA_OK) return st;
     s->desc_bytes = LSA_GPU_FLIGHT * (sizeof(step_desc) + (size_t)B * sizeof(lsa_gpu_row)) + 16;
     LSA_CUDA(cudaHostAlloc((void **)&s->desc_host, s->desc_bytes, cudaHostAllocMapped));
     LSA_CUDA(cudaHostGetDevicePointer((void **)&s->desc, s->desc_host, 0));
@@ -181,25 +183,20 @@ static lsa_status put_moment(lsa_gpu_step *s, const float *host, float *to, bf16
         costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(s->grad + s->at_costs, s->g.reach, to16 + n);
     LSA_LAUNCHED("moments in");
 }
-static lsa_status get_moment(lsa_gpu_step *s, float *host, const float *from, const bf16 *from16,
+/* The other way, of all ranks; what other ranks want of this one goes into `flat` too. */
+static lsa_status get_moment(lsa_gpu_step *s, float *flat, const float *from, const bf16 *from16,
                              lsa_err *err) {
-    lsa_status st = LSA_OK;
     const int64_t n = s->g.n_layer * s->shard.own;
-    if (!host && !s->ranks) return LSA_OK; /* other ranks may want it */
     if (from)
-        flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from, s->layer_param, n, s->shard, s->grad);
+        flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from, s->layer_param, n, s->shard, flat);
     else
-        flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from16, s->layer_param, n, s->shard, s->grad);
+        flat_from_own_k<<<4096, 256, 0, s->cs->stream>>>(from16, s->layer_param, n, s->shard, flat);
     if (s->g.reach && from)
-        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(from + n, s->g.reach, s->grad + s->at_costs);
+        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(from + n, s->g.reach, flat + s->at_costs);
     else if (s->g.reach)
-        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(from16 + n, s->g.reach, s->grad + s->at_costs);
-    LSA_TRY(step_ranks_gather(s, s->grad, err));
-    if (host)
-        LSA_CUDA(cudaMemcpyAsync(host, s->grad, (size_t)s->n_param * sizeof(float), cudaMemcpyDeviceToHost,
-                                 s->cs->stream));
-done:
-    return st;
+        costs_move_k<<<1, LSA_MAX_REACH, 0, s->cs->stream>>>(from16 + n, s->g.reach, flat + s->at_costs);
+    LSA_CUDA(cudaGetLastError());
+    return step_ranks_gather(s, flat, err);
 }
 
 static lsa_status set_params(lsa_gpu_step *s, const float *params, lsa_err *err) {
@@ -304,6 +301,7 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
         cudaStreamSynchronize(s->copy);
         cudaStreamDestroy(s->copy);
     }
+    step_way_close(s->way);
     if (s->graph) cudaGraphExecDestroy(s->graph);
     step_gemm_free(s);
     if (s->eval_only) s->p = NULL, s->p16 = NULL, s->freq = NULL;
@@ -312,13 +310,14 @@ extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
     free(s->block);
     free(s->hard);
     free(s->n_window);
-    void *const p[] = {s->p,        s->grad,    s->m,       s->v,     s->p16,     s->m16,
-                       s->v16,      s->freq,    s->doc,     s->row,   s->where,   s->cs_table,
-                       s->n_cand,   s->n_pos,   s->cand,    s->y,     s->weight,  s->x,
-                       s->u,        s->qlin,    s->dq,      s->da,    s->dw,      s->a,
-                       s->rstd,     s->w,       s->z,       s->du,    s->dg_part, s->zcopy,
-                       s->row_loss, s->partial, s->control, s->bound, s->eval,    s->row_weight,
-                       s->word,     s->g16,     s->total,   s->hash,  s->from,    s->cost_part};
+    void *const p[] = {s->p,           s->grad,        s->m,          s->v,     s->p16,     s->m16,
+                       s->v16,         s->freq,        s->doc,        s->row,   s->where,   s->cs_table,
+                       s->n_cand,      s->n_pos,       s->cand,       s->y,     s->weight,  s->x,
+                       s->u,           s->qlin,        s->dq,         s->da,    s->dw,      s->a,
+                       s->rstd,        s->w,           s->z,          s->du,    s->dg_part, s->zcopy,
+                       s->row_loss,    s->partial,     s->control,    s->bound, s->eval,    s->row_weight,
+                       s->word,        s->g16,         s->total,      s->hash,  s->from,    s->cost_part,
+                       s->snapshot[0], s->snapshot[1], s->snapshot[2]};
     for (size_t i = 0; i < sizeof p / sizeof *p && !s->n_guarded; i++) cudaFree(p[i]);
     for (int i = 0; i < s->n_guarded; i++) cudaFree(s->guarded[i].base);
     cudaFreeHost(s->desc_host);
@@ -544,14 +543,15 @@ extern "C" lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err) {
     return LSA_OK;
 }
 
-extern "C" lsa_status lsa_gpu_get(lsa_gpu_step *s, float *params, float *m, float *v, lsa_err *err) {
+extern "C" lsa_status lsa_gpu_snapshot(lsa_gpu_step *s, lsa_err *err) {
     lsa_status st = LSA_OK;
+    float *const *const to = s->snapshot;
     LSA_TRY(step_ranks_gather(s, s->p, err));
-    if (params)
-        LSA_CUDA(cudaMemcpyAsync(params, s->p, (size_t)s->n_param * sizeof(float), cudaMemcpyDeviceToHost,
+    if (to[0])
+        LSA_CUDA(cudaMemcpyAsync(to[0], s->p, (size_t)s->n_param * sizeof(float), cudaMemcpyDeviceToDevice,
                                  s->cs->stream));
-    LSA_TRY(get_moment(s, m, s->m, s->m16, err));
-    LSA_TRY(get_moment(s, v, s->v, s->v16, err));
+    LSA_TRY(get_moment(s, to[1] ? to[1] : s->grad, s->m, s->m16, err));
+    LSA_TRY(get_moment(s, to[2] ? to[2] : s->grad, s->v, s->v16, err));
     LSA_TRY(step_ranks_await(s, NULL, "gathering the state of the GPUs", err));
 done:
     return st;

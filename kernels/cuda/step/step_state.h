@@ -79,6 +79,8 @@ struct lsa_gpu_step {
     int n_sm;
     /* weights; moments [L, shard.own], then of the costs */
     float *p, *grad, *m, *v; /* m, v: bf16 with bf16_moments */
+    float *snapshot[3];      /* [n_param] parameters and moments, or NULL */
+    struct step_way *way;    /* of snapshots to the host, or NULL */
     bf16 *p16, *m16, *v16;
     bf16 *g16; /* gradients of the projections, if exchanged in bf16 */
     /* several GPUs */
@@ -177,6 +179,11 @@ lsa_status step_shadow(lsa_gpu_step *s, lsa_err *err); /* p16 from p */
 /* one micro-batch forward to the queries' projections */
 lsa_status step_query(lsa_gpu_step *s, int64_t first, int64_t m, lsa_err *err);
 bool step_pointwise(const lsa_gpu_step *s);
+
+/* snapshot.cu */
+struct step_way;
+lsa_status step_way_open(step_way **out, lsa_err *err); /* *out to be closed also after an error */
+void step_way_close(step_way *w);
 
 /* score_sm90.cu, score_any.cu. splits: parts a window's tiles are cut into (forward only). */
 lsa_status score_z_sm90(lsa_gpu_step *s, const score_args *a, int splits, lsa_err *err);
