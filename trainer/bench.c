@@ -419,12 +419,23 @@ done:
     return st;
 }
 
+/* GB/s that every link of a ring carries in one direction, with nothing beside it. */
+static double bus(const setup *x, double bytes, double passes, double ms) {
+    return bytes * passes * (x->size - 1) / x->size / (ms * 1e6);
+}
+
 static lsa_status print_stages(setup *x, lsa_err *err) {
     lsa_gpu_times t;
     lsa_status st = lsa_gpu_stage_times(x->step, 9, &t, err);
     if (st != LSA_OK || x->rank > 0) return st;
     printf("{\"bench\": \"stages\", \"batch\": %lld", (long long)x->o.batch);
     for (int32_t i = 0; i < t.n; i++) printf(", \"%s\": %.4f", t.name[i], t.ms[i]);
+    if (x->size > 1)
+        printf(", \"gradients_bus_gb_per_s\": %.1f",
+               bus(x, (x->o.bf16_gradients ? 2.0 : 4.0) * (double)x->n_param, x->o.sharded ? 1 : 2,
+                   t.ms[t.exchange]));
+    if (x->size > 1 && t.share >= 0)
+        printf(", \"weights_bus_gb_per_s\": %.1f", bus(x, 2.0 * (double)x->n_param, 1, t.ms[t.share]));
     static const char *const way[] = {"forward", "backward"};
     for (int i = 0; i < 2; i++)
         if (t.cudnn_ms[i] >= 0)

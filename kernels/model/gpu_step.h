@@ -182,11 +182,12 @@ LSA_NODISCARD lsa_status lsa_gpu_mine(lsa_gpu_step *s, lsa_gpu_step *eval, int32
 LSA_NODISCARD lsa_status lsa_gpu_guards(lsa_gpu_step *s, lsa_err *err);
 
 /* Median milliseconds of the parts of a step, launched one by one; for lsa-train bench. */
-enum { LSA_GPU_STAGES = 10 };
+enum { LSA_GPU_STAGES = 11 };
 typedef struct lsa_gpu_times {
     const char *name[LSA_GPU_STAGES];
     double ms[LSA_GPU_STAGES];
     int32_t n;
+    int32_t exchange, share; /* several GPUs: which of them exchange gradients and bf16 weights, or -1 */
     /* RMSNorm of all layers by cuDNN, forward and backward: ms (-1: not to be had, cudnn_refused says why),
      * and the largest difference from ours relative to the largest value */
     double cudnn_ms[2], cudnn_difference[2];

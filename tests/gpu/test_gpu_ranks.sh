@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Training on several GPUs over NCCL. With one GPU: a communicator of one rank walks the same code and must train as the plain step does,
-# with whole and sharded moments, gradients in f32 and bf16. With two or more: two ranks against one, a rank killed, a resume on the other
-# number of ranks. Skipped (77) without a GPU or without MPI.
+# with whole and sharded moments, gradients in f32 and bf16. With two or more: what recipes/scaling.sh checks, and sampled candidates. Skipped (77) without a GPU or without MPI.
 set -euo pipefail
 . "$(dirname "$0")/../testkit/gpu.sh"
 "$bin/lsa-train" --version | grep -q 'MPI *OFF' && skip "built without MPI, which brings the ranks together"
@@ -57,36 +56,7 @@ if [ "$gpus" -lt 2 ]; then
     echo "one GPU: two ranks were not run"
     exit 0
 fi
-train 2 two 20
-like two plain 1e-5
-train 2 two-zero1 20 --set optim.zero1=true
-like two-zero1 plain 1e-5
-train 2 two-bf16 200 --set optim.exchange=bf16 --set optim.zero1=true
-like two-bf16 plain-long 2e-3 50
+bash recipes/scaling.sh --bin "$bin" --out "$work/scaling" --ranks 2 --only check
 train 2 two-sampled 20 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
 train 0 plain-sampled 20 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
 like two-sampled plain-sampled 1e-5
-
-# Resume on another number of ranks, both ways, moments sharded.
-train 2 stopped 10 --set optim.zero1=true
-sed -i 's/"train.steps": 10,/"train.steps": 20,/; s/"train.eval_every": 10,/"train.eval_every": 20,/' "$work/stopped/run.json"
-grep -q '"train.steps": 20' "$work/stopped/run.json"
-"$bin/lsa-train" resume "$work/stopped" --device cuda --ranks self >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
-
-# A rank killed: the other names it within 30 s and leaves, and the run resumes.
-mpirun -n 2 "$bin/lsa-train" run --data "$work/shards" --out "$work/killed" --device cuda --ranks mpi --set train.steps=100000 --set train.save_every=200 \
-    --set train.eval_every=0 --set train.batch=64 --set sample.val_documents=8 >"$work/log" 2>&1 &
-job=$!
-for _ in $(seq 600); do [ -e "$work/killed/ckpt/latest" ] && break; sleep 0.1; done
-t0=$(date +%s)
-pid=$(for p in $(pgrep -f "lsa-train run .*$work/killed"); do
-    if tr '\0' '\n' <"/proc/$p/environ" 2>/dev/null | grep -qx OMPI_COMM_WORLD_RANK=1; then echo "$p"; fi
-done | tail -n 1)
-kill -KILL "$pid"
-rc=0
-wait $job || rc=$?
-took=$(($(date +%s) - t0))
-[ $rc != 0 ] && [ $took -le 30 ] || { echo "exit $rc after $took s"; cat "$work/log"; exit 1; }
-grep -q 'rank 1' "$work/log" || { cat "$work/log"; exit 1; }
-echo "a killed rank was named and the run ended after $took s: $(grep -m1 'rank 1' "$work/log")"
-[ -e "$work/killed/ckpt/latest" ]

@@ -617,6 +617,7 @@ extern "C" lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_
     lsa_status st = LSA_OK;
     int k = 0;
     *out = (lsa_gpu_times){};
+    out->exchange = out->share = -1;
 #define STAGE(text, call)                                                                                    \
     out->name[k] = text;                                                                                     \
     LSA_TRY(step_time_part(s, repeats, &out->ms[k++], err, [&]() -> lsa_status { return call; }))
@@ -629,7 +630,12 @@ extern "C" lsa_status lsa_gpu_stage_times(lsa_gpu_step *s, int repeats, lsa_gpu_
     STAGE("weight gradients", step_weight_grads(s, false, true, err));
     STAGE("gradient norm", step_norm_and_control(s, err));
     STAGE("AdamW", step_update(s, err));
+    if (s->ranks) {
+        out->exchange = k;
+        STAGE("gradients of all GPUs", step_ranks_exchange(s, err));
+    }
     if (s->ranks && s->o.sharded) {
+        out->share = k;
         STAGE("weights of the other GPUs", step_ranks_share(s, err));
     }
 #undef STAGE

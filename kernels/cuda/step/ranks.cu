@@ -103,6 +103,15 @@ lsa_status step_ranks_join(lsa_gpu_step *s, lsa_err *err) {
     return LSA_OK;
 }
 
+lsa_status step_ranks_exchange(lsa_gpu_step *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(step_ranks_reduce(s, STEP_WQ_B, err));
+    LSA_TRY(step_ranks_reduce(s, STEP_OTHERS, err));
+    LSA_TRY(step_ranks_join(s, err));
+done:
+    return st;
+}
+
 /* Every rank's slices of the projections of all layers. */
 static lsa_status gather(lsa_gpu_step *s, void *v, size_t size, lsa_gpu_type type, lsa_err *err) {
     lsa_status st = LSA_OK;

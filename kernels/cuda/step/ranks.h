@@ -16,6 +16,8 @@ lsa_status step_ranks_add(lsa_gpu_step *s, double *x, int64_t n, lsa_err *err);
 /* Adds the gradients of a part, which the stream has formed by now; beside what is enqueued next. */
 lsa_status step_ranks_reduce(lsa_gpu_step *s, step_grad_part part, lsa_err *err);
 lsa_status step_ranks_join(lsa_gpu_step *s, lsa_err *err); /* until all parts are added */
+/* All of it with nothing beside it: to measure. */
+lsa_status step_ranks_exchange(lsa_gpu_step *s, lsa_err *err);
 /* Sharded: the bf16 weights of every rank's slices. */
 lsa_status step_ranks_share(lsa_gpu_step *s, lsa_err *err);
 /* x [n_param] f32, of which a rank has formed its slices: all of it. Not captured. */

@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Several GPUs of this host, measured: is it right, and how fast?
+#   recipes/scaling.sh [--bin DIR] [--out DIR] [--ranks "1 2 4 8"] [--only check|speed] [--device cuda|cpu]
+# check: losses on W GPUs against one GPU with the same windows (gradients exchanged in f32: 20 steps; in bf16: 200 steps), ZeRO-1 on and off, a
+# run stopped on W and resumed on one, a rank killed. speed: the step of 8 layers, 128 heads, rank 2048, weak (1,024 and 256 windows a GPU) and
+# strong (1,024 windows in all), with and without ZeRO-1, bf16 and f32 gradients, exchanges beside the backward pass and after it. Writes
+# DIR/scaling.jsonl and DIR/scaling.md. Default: the sizes that this host has GPUs for. --device cpu: the check with CPU ranks, small.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=build/cuda/bin out=out/scaling sizes= only= device=cuda python=${LSA_PYTHON:-python3}
+while [ $# -gt 0 ]; do
+    case $1 in
+    --bin) bin=${2:-} ;;
+    --out) out=${2:-} ;;
+    --ranks) sizes=${2:-} ;;
+    --only) only=${2:-} ;;
+    --device) device=${2:-} ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+[ -x "$bin/lsa-train" ] || { echo "$0: no lsa-train in '$bin'; build it (cmake --preset cuda && cmake --build --preset cuda) or name its folder by --bin" >&2; exit 2; }
+command -v mpirun >/dev/null || { echo "$0: no mpirun on this machine; install Open MPI" >&2; exit 2; }
+if [ "$device" = cuda ]; then
+    have=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || { echo "$0: no GPU here; --device cpu checks CPU ranks" >&2; exit 2; }
+else
+    have=$(nproc)
+fi
+if [ -z "$sizes" ]; then for w in 1 2 4 8; do [ $w -gt "$have" ] || sizes="$sizes $w"; done; fi
+export NCCL_NVLS_ENABLE=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # no NVLink multicast
+[ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+mkdir -p "$out"
+work=$(mktemp -d "$out/work-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+lines=$out/scaling.jsonl
+: >"$lines"
+note() { echo "$1" | tee -a "$lines"; }
+fail() { echo "$0: $*" >&2; exit 1; }
+
+# ---- is it right? ----
+long=200 short=20 batch=64 shape=(--set model.heads=32 --set model.rank=256)
+[ "$device" = cuda ] || { long=12 short=12 batch=16 shape=(--set model.heads=8 --set model.rank=32); }
+train() { # ranks (0: the plain step, no launcher) name steps options...
+    local w=$1 name=$2 steps=$3 how=() ranks=self
+    shift 3
+    [ "$w" = 0 ] || how=(mpirun --oversubscribe -n "$w") ranks=mpi
+    "${how[@]}" "$bin/lsa-train" run --data "$work/shards" --out "$work/$name" --device "$device" --ranks $ranks "${shape[@]}" --set train.batch=$batch \
+        --set train.steps="$steps" --set train.log_every=1 --set train.eval_every="$steps" --set sample.val_documents=8 --set optim.warmup=10 \
+        --set train.save_every=10 "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; fail "the run '$name' failed"; }
+}
+like() { # name other tolerance last case ranks: largest relative difference of the losses (of the mean of the last `last`, unless 0) and of the evaluation
+    note "$("$python" - "$work/$1/metrics.jsonl" "$work/$2/metrics.jsonl" "$3" "$4" "$5" "$6" <<'PY'
+import json, sys
+a, b = ([json.loads(l) for l in open(p)] for p in sys.argv[1:3])
+tol, last, case, ranks = float(sys.argv[3]), int(sys.argv[4]), sys.argv[5], int(sys.argv[6])
+loss = [list({x["step"]: x["loss"] for x in y if "loss" in x}.values()) for y in (a, b)]  # a resumed step counts, not the one before
+held = [[x["eval"]["sum"]["captured"] for x in y if "eval" in x][-1] for y in (a, b)]
+pairs = list(zip(*loss))
+step = max(abs(x - y) / abs(y) for x, y in pairs)
+if last:
+    pairs = [tuple(sum(x[-last:]) / last for x in loss)]
+worst = max(abs(x - y) / abs(y) for x, y in pairs + [tuple(held)])
+ok = len(loss[0]) == len(loss[1]) >= 10 and worst <= tol
+print(json.dumps({"scaling": "check", "case": case, "gpus": ranks, "worst": worst, "worst_step": step, "allowed": tol, "ok": ok}))
+PY
+    )"
+    tail -n 1 "$lines" | grep -q '"ok": true' || fail "$5 on $6: not equal"
+}
+killed() { # ranks: the last one is killed
+    local w=$1 job pid rc=0 t0
+    mpirun --oversubscribe -n "$w" "$bin/lsa-train" run --data "$work/shards" --out "$work/killed" --device "$device" --ranks mpi "${shape[@]}" \
+        --set train.steps=1000000 --set train.save_every=20 --set train.eval_every=0 --set train.batch=$batch --set sample.val_documents=8 >"$work/log" 2>&1 &
+    job=$!
+    for _ in $(seq 600); do [ -e "$work/killed/ckpt/latest" ] && break; sleep 0.1; done
+    pid=$(for p in $(pgrep -f "lsa-train run .*$work/killed"); do
+        if tr '\0' '\n' <"/proc/$p/environ" 2>/dev/null | grep -qx "OMPI_COMM_WORLD_RANK=$((w - 1))"; then echo "$p"; fi
+    done | tail -n 1)
+    t0=$(date +%s)
+    kill -KILL "$pid"
+    wait $job || rc=$?
+    [ $rc != 0 ] && grep -q "rank $((w - 1))" "$work/log" && [ -e "$work/killed/ckpt/latest" ] || { cat "$work/log" >&2; fail "a killed rank of $w: exit $rc"; }
+    note "{\"scaling\": \"check\", \"case\": \"a rank killed\", \"gpus\": $w, \"seconds\": $(($(date +%s) - t0)), \"exit\": $rc, \"ok\": true}"
+    rm -rf "$work/killed"
+}
+check() {
+    local w zero1=(--set optim.zero1=true) bf16=(--set optim.zero1=true --set optim.exchange=bf16)
+    if [ "$device" = cuda ]; then
+        "$bin/lsa-dump" synth --out "$work/shards" --docs 40 --tokens 4096 --layers 3 --hidden 256 --seed 5 >/dev/null 2>&1
+    else
+        "$bin/lsa-dump" synth --out "$work/shards" --docs 24 --tokens 1024 --layers 2 --hidden 64 --seed 5 >/dev/null 2>&1
+    fi
+    train 0 plain $short
+    [ "$device" = cpu ] || train 0 plain-long $long
+    for w in $sizes; do
+        train "$w" "f32-$w" $short
+        like "f32-$w" plain 1e-5 0 "gradients in f32" "$w"
+        train "$w" "zero1-$w" $short "${zero1[@]}"
+        like "zero1-$w" plain 1e-5 0 "ZeRO-1, gradients in f32" "$w"
+        if [ "$device" = cuda ]; then
+            train "$w" "bf16-$w" $long "${bf16[@]}"
+            like "bf16-$w" plain-long 2e-3 50 "ZeRO-1, gradients in bf16" "$w"
+        fi
+        [ "$w" -gt 1 ] || continue
+        # from W to one: the checkpoint of step 10 of the sharded run goes on alone
+        cp -r "$work/zero1-$w" "$work/resumed-$w"
+        rm -rf "$work/resumed-$w/ckpt/best" "$work/resumed-$w/ckpt/step_000000$short"
+        echo step_00000010 >"$work/resumed-$w/ckpt/latest"
+        "$bin/lsa-train" resume "$work/resumed-$w" --device "$device" --ranks self >"$work/log" 2>&1 || { cat "$work/log" >&2; fail "resume of $w ranks on one"; }
+        like "resumed-$w" plain 1e-5 0 "stopped at step 10, resumed on one" "$w"
+        killed "$w"
+    done
+}
+
+# ---- how fast? ----
+bench() { # name ranks windows-a-GPU options...
+    local name=$1 w=$2 batch=$3 line
+    shift 3
+    line=$(if [ "$w" = 0 ]; then
+        "$bin/lsa-train" bench --case train --no-verify --ranks self --set train.batch="$batch" "$@"
+    else
+        mpirun -n "$w" "$bin/lsa-train" bench --case train --no-verify --ranks mpi --set train.batch="$batch" "$@"
+    fi 2>"$work/log") || { cat "$work/log" >&2; fail "bench of $name on $w GPUs"; }
+    grep '^{' <<<"$line" | sed "s/^{/{\"scaling\": \"speed\", \"case\": \"$name\", \"ranks\": $w, /" | tee -a "$lines" | cut -c1-240
+}
+speed() {
+    local w b z=(--set optim.zero1=true) h=(--set optim.exchange=bf16)
+    for b in 1024 256; do bench "weak $b" 0 $b; done
+    for w in $sizes; do
+        for b in 1024 256; do
+            bench "weak $b, ZeRO-1, bf16" "$w" $b "${z[@]}" "${h[@]}"
+            [ "$w" = 1 ] && [ $b = 1024 ] && continue
+            bench "weak $b, ZeRO-1, f32" "$w" $b "${z[@]}"
+            bench "weak $b, bf16" "$w" $b "${h[@]}"
+            bench "weak $b, f32" "$w" $b
+            [ "$w" = 1 ] || bench "weak $b, ZeRO-1, bf16, no overlap" "$w" $b "${z[@]}" "${h[@]}" --no-overlap
+        done
+        [ "$w" = 1 ] || bench "strong 1024, ZeRO-1, bf16" "$w" $((1024 / w)) "${z[@]}" "${h[@]}"
+    done
+}
+
+[ "$only" = speed ] || check
+[ "$only" = check ] || [ "$device" = cpu ] || speed
+"$python" recipes/scaling_table.py "$lines" >"$out/scaling.md"
+echo "$lines, $out/scaling.md"
