@@ -43,7 +43,7 @@ long=200 short=20 batch=64 shape=(--set model.heads=32 --set model.rank=256)
 train() { # ranks (0: the plain step, no launcher) name steps options...
     local w=$1 name=$2 steps=$3 how=() ranks=self
     shift 3
-    [ "$w" = 0 ] || how=(mpirun --oversubscribe -n "$w") ranks=mpi
+    [ "$w" = 0 ] || how=(mpirun --oversubscribe --bind-to none -n "$w") ranks=mpi
     "${how[@]}" "$bin/lsa-train" run --data "$work/shards" --out "$work/$name" --device "$device" --ranks $ranks "${shape[@]}" --set train.batch=$batch \
         --set train.steps="$steps" --set train.log_every=1 --set train.eval_every="$steps" --set sample.val_documents=8 --set optim.warmup=10 \
         --set train.save_every=10 "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; fail "the run '$name' failed"; }
@@ -68,7 +68,7 @@ PY
 }
 killed() { # ranks: the last one is killed
     local w=$1 job pid rc=0 t0
-    mpirun --oversubscribe -n "$w" "$bin/lsa-train" run --data "$work/shards" --out "$work/killed" --device "$device" --ranks mpi "${shape[@]}" \
+    mpirun --oversubscribe --bind-to none -n "$w" "$bin/lsa-train" run --data "$work/shards" --out "$work/killed" --device "$device" --ranks mpi "${shape[@]}" \
         --set train.steps=1000000 --set train.save_every=20 --set train.eval_every=0 --set train.batch=$batch --set sample.val_documents=8 >"$work/log" 2>&1 &
     job=$!
     for _ in $(seq 600); do [ -e "$work/killed/ckpt/latest" ] && break; sleep 0.1; done
@@ -118,7 +118,7 @@ bench() { # name ranks windows-a-GPU options...
     line=$(if [ "$w" = 0 ]; then
         "$bin/lsa-train" bench --case train --no-verify --ranks self --set train.batch="$batch" "$@"
     else
-        mpirun -n "$w" "$bin/lsa-train" bench --case train --no-verify --ranks mpi --set train.batch="$batch" "$@"
+        mpirun --bind-to none -n "$w" "$bin/lsa-train" bench --case train --no-verify --ranks mpi --set train.batch="$batch" "$@"
     fi 2>"$work/log") || { cat "$work/log" >&2; fail "bench of $name on $w GPUs"; }
     grep '^{' <<<"$line" | sed "s/^{/{\"scaling\": \"speed\", \"case\": \"$name\", \"ranks\": $w, /" | tee -a "$lines" | cut -c1-240
 }

@@ -64,8 +64,8 @@ struct lsa_beat {
     peer *peer; /* [n_peer]; rank 0: [size], its own state in [0] */
     int n_peer;
     pthread_t thread;
-    bool running;
-    pthread_mutex_t lock; /* what follows */
+    bool running, stalled; /* stalled: has been said */
+    pthread_mutex_t lock;  /* what follows */
     pthread_cond_t news;
     msg me;                                   /* own state, sent as a beat */
     bool has_verdict, told, closing, failing; /* told: the caller has seen the verdict */
@@ -213,13 +213,14 @@ static double waited_since(const lsa_beat *b, const peer *p, double never) {
 static void late(lsa_beat *b, double now) {
     char text[TEXT];
     bool all_wait = true;
-    double last_in = 0;
+    double last_in = 0, last_move = 0;
     for (int i = 0; i < b->size; i++) {
         peer *const p = &b->peer[i];
         const double since = waited_since(b, p, now);
         const bool is_late = !p->waiting && !p->bye && now - since > b->deadline;
         all_wait = all_wait && p->waiting;
         last_in = p->entered > last_in ? p->entered : last_in;
+        last_move = p->moved > last_move ? p->moved : last_move;
         if (is_late && now - p->moved > b->deadline) {
             snprintf(
                 text, sizeof text,
@@ -234,6 +235,10 @@ static void late(lsa_beat *b, double now) {
                      (int)p->pid, p->host, now - since, *p->doing ? p->doing : "starting");
         p->warned = is_late;
     }
+    if (!all_wait && now - last_move > b->deadline && !b->stalled) /* perhaps long work: nobody is to blame */
+        lsa_warn("no rank has moved for %.0f s; rank 0 is %s", now - last_move,
+                 *b->peer[0].doing ? b->peer[0].doing : "starting");
+    b->stalled = now - last_move > b->deadline;
     if (!all_wait || !(now - last_in > 2 * b->deadline)) return;
     snprintf(text, sizeof text,
              "collectives do not end although all ranks have been in one for %.0f s: their data network is "

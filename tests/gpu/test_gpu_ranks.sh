@@ -14,7 +14,7 @@ gpus=$(nvidia-smi -L | wc -l)
 train() { # ranks name steps options...: ranks 0 is the plain step, without NCCL
     local n=$1 name=$2 steps=$3 how=()
     shift 3
-    [ "$n" = 0 ] || how=(mpirun -n "$n")
+    [ "$n" = 0 ] || how=(mpirun --bind-to none -n "$n")
     "${how[@]}" "$bin/lsa-train" run --data "$work/shards" --out "$work/$name" --device cuda --ranks "$([ "$n" = 0 ] && echo self || echo mpi)" \
         --set model.heads=32 --set model.rank=256 --set train.steps="$steps" --set train.batch=64 --set sample.val_documents=8 \
         --set train.log_every=1 --set train.eval_every="$steps" --set optim.warmup=10 "$@" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
@@ -49,7 +49,7 @@ train 0 plain-micro 20 --set train.micro_batch=16
 train 1 one-micro 20 --set train.micro_batch=16
 like one-micro plain-micro 1e-5
 for how in "--ranks self" "--ranks mpi" "--ranks mpi --set optim.zero1=true" "--ranks mpi --set optim.exchange=bf16 --set optim.zero1=true"; do
-    mpirun -n 1 "$bin/lsa-train" bench --case train --set train.batch=256 $how | grep '"bench": "train"'
+    mpirun --bind-to none -n 1 "$bin/lsa-train" bench --case train --no-verify --set train.batch=256 $how 2>/dev/null | grep '"bench": "train"'
 done
 
 if [ "$gpus" -lt 2 ]; then

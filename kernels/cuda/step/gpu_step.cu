@@ -261,6 +261,7 @@ extern "C" lsa_status lsa_gpu_create(lsa_gpu_step **out, lsa_ctx *ctx, const lsa
     LSA_TRY(lsa_ctx_upload(ctx, s->freq, freq, (size_t)(g->rope.dim / 2) * sizeof *freq, err));
     control.updates = updates;
     LSA_TRY(lsa_ctx_upload(ctx, s->control, &control, sizeof control, err));
+    LSA_TRY(step_ranks_rehearse(s, err));
     LSA_TRY(put_moment(s, m, s->m, s->m16, err));
     LSA_TRY(put_moment(s, v, s->v, s->v16, err));
     LSA_TRY(set_params(s, params, err));

@@ -135,6 +135,18 @@ lsa_status step_ranks_gather(lsa_gpu_step *s, float *v, lsa_err *err) {
     return s->ranks && s->o.sharded ? gather(s, v, sizeof *v, LSA_GPU_F32, err) : LSA_OK;
 }
 
+lsa_status step_ranks_rehearse(lsa_gpu_step *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (!s->ranks) return LSA_OK;
+    LSA_TRY(step_ranks_add(s, s->total, 3, err));
+    LSA_TRY(step_ranks_exchange(s, err));
+    LSA_TRY(step_ranks_share(s, err));
+    LSA_TRY(step_ranks_gather(s, s->grad, err));
+    LSA_TRY(step_ranks_await(s, NULL, "connecting the GPUs", err));
+done:
+    return st;
+}
+
 lsa_status step_ranks_await(lsa_gpu_step *s, cudaEvent_t event, const char *what, lsa_err *err) {
     const struct timespec nap = {0, 20000};
     step_ranks *const x = s->ranks;

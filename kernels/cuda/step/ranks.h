@@ -11,6 +11,9 @@ enum step_grad_part { STEP_WQ_B, STEP_OTHERS };
 lsa_status step_ranks_open(lsa_gpu_step *s, lsa_err *err);
 void step_ranks_close(lsa_gpu_step *s);
 bool step_ranks_first(const lsa_gpu_step *s); /* the rank that counts what all hold alike */
+/* Every exchange of the step once, before there is a graph: NCCL connects the GPUs at the first use of each.
+ * What the arrays hold is lost, but equal weights stay. Waits for its end. */
+lsa_status step_ranks_rehearse(lsa_gpu_step *s, lsa_err *err);
 /* Enqueued, part of the graph. Adds n doubles of all ranks, in place. */
 lsa_status step_ranks_add(lsa_gpu_step *s, double *x, int64_t n, lsa_err *err);
 /* Adds the gradients of a part, which the stream has formed by now; beside what is enqueued next. */
