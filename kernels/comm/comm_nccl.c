@@ -113,10 +113,13 @@ static void give_up(lsa_gpu_comm *c) {
 
 void lsa_gpu_comm_close(lsa_gpu_comm *c) {
     if (!c) return;
-    if (lsa_comm_check(c->host, NULL) != LSA_OK)
+    if (lsa_comm_check(c->host, NULL) != LSA_OK) {
         give_up(c);
-    else if (c->nccl)
+    } else if (c->nccl) {
+        lsa_comm_enter(c->host, "parting the GPUs");
         c->destroy(c->nccl);
+        lsa_comm_leave(c->host);
+    }
     lsa_free(c);
 }
 

@@ -296,14 +296,17 @@ done:
 
 extern "C" void lsa_gpu_destroy(lsa_gpu_step *s) {
     if (!s) return;
-    if (step_ranks_await(s, NULL, "ending", NULL) != LSA_OK) cudaStreamSynchronize(s->cs->stream);
+    const bool whole = step_ranks_await(s, NULL, "ending", NULL) == LSA_OK;
+    if (!whole) cudaStreamSynchronize(s->cs->stream);
+    /* Before NCCL ends, because it waits for graphs that hold its work; not after it was aborted, because the
+     * graph would call back into what is gone. */
+    if (s->graph && whole) cudaGraphExecDestroy(s->graph);
     step_ranks_close(s);
     if (s->copy) {
         cudaStreamSynchronize(s->copy);
         cudaStreamDestroy(s->copy);
     }
     step_way_close(s->way);
-    if (s->graph) cudaGraphExecDestroy(s->graph);
     step_gemm_free(s);
     if (s->eval_only) s->p = NULL, s->p16 = NULL, s->freq = NULL;
     for (int i = 0; s->block && i < s->o.n_slot; i++) cudaFree(s->block[i]);
