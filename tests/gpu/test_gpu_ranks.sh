@@ -57,6 +57,6 @@ if [ "$gpus" -lt 2 ]; then
     exit 0
 fi
 bash recipes/scaling.sh --bin "$bin" --out "$work/scaling" --ranks 2 --only check
-train 2 two-sampled 20 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
-train 0 plain-sampled 20 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
-like two-sampled plain-sampled 1e-5
+train 2 two-sampled 200 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
+train 0 plain-sampled 200 --set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8
+like two-sampled plain-sampled 2e-3 50
