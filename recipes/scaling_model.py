@@ -21,13 +21,17 @@ LAYERS, HEADS, RANK, HIDDEN, CANDIDATES = 8, 128, 2048, 4096, 2048
 WQ_B = LAYERS * 128 * HEADS * RANK
 PARAMETERS = LAYERS * (RANK * HIDDEN + 128 * HEADS * RANK + RANK + HEADS * HIDDEN)
 MEASURED_STEPS = [("sampled", 64, 5.247), ("sampled", 256, 6.009), ("sampled", 1024, 10.340), ("full", 256, 17.60)]  # windows, ms
+# recipes/scaling.sh, 2026-11-25, two H100s: windows a GPU, ZeRO-1, bytes of a gradient's element, beside the backward pass, ms
+MEASURED_TWO = [(1024, True, 2, True, 10.427), (1024, True, 4, True, 12.157), (1024, False, 2, True, 11.781), (1024, False, 4, True, 14.465),
+                (1024, True, 2, False, 10.643), (256, True, 2, True, 6.246), (256, True, 4, True, 8.015), (256, False, 2, True, 7.602)]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """All assumed; 1e30 for infinite."""
+    """Assumed, unless it says measured; 1e30 for infinite."""
     per_node: int = 8
-    nvlink: float = 360.0  # GB/s and direction of a GPU in its node: 0.8 of the nominal 450
+    nvlink: float = 260.0  # GB/s and direction of a GPU in its node: measured on two H100s, 235 to 320 by operation
+    hidden: float = 0.5    # of what runs beside the backward pass, which slows it: measured on two H100s, 0.3 to 0.6
     net: float = 320.0     # GB/s and direction of a node: 0.8 of eight cards of 50
     base: float = 8.4      # us, NCCL's tuning table (src/graph/tuning.cc at 01afd20), Simple: a ring collective,
     ring_nvlink: float = 3.4   # a ring's step inside a node
@@ -119,8 +123,9 @@ def simulate(job, gpus, m, steps=50, seed=1):
     for f in slowdowns(gpus, steps, m, seed):
         backward = clock + f * (before + s["weights"])
         if several:
-            wire = (clock + f * (before + formed)).max() + first
-            summed = max(wire, backward.max()) + second
+            start = (clock + f * (before + formed)).max()
+            both = max(0.0, min(start + first, backward.max()) - start)
+            summed = max(start + first, backward.max()) + (1 - m.hidden) * both + second
             normed = (summed + f * norm).max()  # a few bytes: what they cost is left out
         else:
             normed = backward + f * norm
@@ -202,11 +207,11 @@ def main():
     p.add_argument("--plot", metavar="FILE.svg", help="also draw the points")
     p.add_argument("--table", action="store_true", help="print the table of SCALING.md instead of JSON lines")
     p.add_argument("--seed", type=int, default=1, help="of the stragglers (default 1)")
-    for name in ("per_node", "nvlink", "net", "jitter", "slow_share", "slow_by"):
+    for name in ("per_node", "nvlink", "hidden", "net", "jitter", "slow_share", "slow_by"):
         d = getattr(Machine, name)
         p.add_argument("--" + name.replace("_", "-"), type=type(d), default=d, help=f"default {d}")
     a = p.parse_args()
-    m = Machine(a.per_node, a.nvlink, a.net, jitter=a.jitter, slow_share=a.slow_share, slow_by=a.slow_by)
+    m = Machine(a.per_node, a.nvlink, a.hidden, a.net, jitter=a.jitter, slow_share=a.slow_share, slow_by=a.slow_by)
     if a.per_node < 1 or min(a.nvlink, a.net) <= 0 or min(a.jitter, a.slow_share, a.slow_by) < 0:
         p.error("bandwidths must be positive, jitter and slow GPUs not negative")
     rows = list(points(m, a.seed))

@@ -31,6 +31,8 @@ static const double ADAMW_BYTES = 30, ADAMW_BYTES_BF16 = 22;
 static const int V4_FLASH_CSA = 21;
 /* NCCL's table, us: a collective, a step inside a node, a step between nodes. */
 static const double LAT_BASE = 8.4, LAT_NVLINK = 3.4, LAT_NET = 9.6;
+/* Of what runs beside the backward pass, which slows it; two H100s. */
+static const double GAINED = 0.5;
 
 /* ---- the machine ---- */
 
@@ -44,7 +46,7 @@ typedef struct machine_key {
     { #name, offsetof(lsa_machine, name), dflt, lo, hi, whole }
 static const machine_key KEYS[] = {
     KEY(gpus, 1, 1, 65536, true),       KEY(nodes, 1, 1, 65536, true),
-    KEY(nvlink, 360, 1e-3, 1e6, false), /* 0.8 of the nominal 450 */
+    KEY(nvlink, 260, 1e-3, 1e6, false), /* two H100s */
     KEY(net, 320, 1e-3, 1e6, false),    /* 0.8 of eight times the nominal 50 */
     KEY(copy, 3010, 1, 1e6, false),     /* M_COPY */
     KEY(bf16, 793, 1, 1e6, false),      /* M_BF16 */
@@ -195,7 +197,7 @@ static void exchange(lsa_estimate *e, const shape *s, const lsa_recipe *r, const
                  second = ring(size * (parameters(s) - wq_b(s)), passes, m),
                  beside = stage(LSA_PART_WEIGHTS, s, m, n) - wq_b_formed(s, m, n);
     e->reduce_ms = first + second;
-    e->ms[LSA_PART_REDUCE] = fmax(first - beside, 0) + second;
+    e->ms[LSA_PART_REDUCE] = first - GAINED * fmin(first, beside) + second;
     e->ms[LSA_PART_GATHER] = r->zero1 ? ring(2 * parameters(s), 1, m) : 0;
     e->sent_bytes = (w - 1) / w * parameters(s) * (passes * size + (r->zero1 ? 2 : 0));
     e->ms[LSA_PART_NORM] *= size / 4 / w;
@@ -228,7 +230,7 @@ lsa_status lsa_estimate_make(lsa_estimate *out, const lsa_recipe *r, const lsa_m
         e.ms[LSA_PART_ADAMW] *= ADAMW_BYTES_BF16 / ADAMW_BYTES;
         e.from[LSA_PART_ADAMW] = LSA_FROM_SCALED;
     }
-    e.from[LSA_PART_REDUCE] = e.from[LSA_PART_GATHER] = LSA_FROM_ASSUMED;
+    e.from[LSA_PART_REDUCE] = e.from[LSA_PART_GATHER] = m->nodes < 2 ? LSA_FROM_SCALED : LSA_FROM_ASSUMED;
     if (m->gpus > 1) exchange(&e, &s, r, m, n / rounds);
     for (int p = 0; p < LSA_PARTS; p++) e.step_ms += e.ms[p];
     e.comm_share = (e.ms[LSA_PART_REDUCE] + e.ms[LSA_PART_GATHER]) / e.step_ms;
@@ -282,8 +284,8 @@ void lsa_estimate_print(const lsa_estimate *e, const lsa_recipe *r, const lsa_ma
         m->copy, m->bf16);
     if (several)
         printf(
-            "assumed:  rings at %.0f GB/s in a node and %.0f out of it, NCCL's latencies; an exchange does not slow what runs "
-            "beside it\nNote: nothing was measured on several GPUs: these lines are a plan.\n",
+            "links:    rings at %.0f GB/s in a node and %.0f out of it (assumed), NCCL's latencies; half of what runs beside the "
+            "backward pass is gained.\nNote: one and two H100s were measured (recipes/SCALING.md); more is a plan.\n",
             m->nvlink, m->net);
     if (e->step_ms < 1) puts("Note: launches are not counted; steps below 1 ms will take longer than this.");
     puts("Left out: reading documents, evaluations, checkpoints.");

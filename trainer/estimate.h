@@ -6,13 +6,15 @@
  * with the FLOPs or elements of a window (floors of PERF.md). Another card: both scaled by the two ceilings
  * that `lsa-train bench` prints.
  *
- * Communication: nothing is measured. What the step does (kernels/cuda/step/ranks.cu): gradients of wq_b as
- * soon as they are formed, beside the rest of the backward pass; those of the other tensors after it; then
+ * Communication: the rate of a node's links and how much is hidden are from two H100s (recipes/SCALING.md);
+ * what lies between nodes is not measured. What the step does (kernels/cuda/step/ranks.cu): gradients of wq_b
+ * as soon as they are formed, beside the rest of the backward pass; those of the other tensors after it; then
  * the norm, every GPU a slice, and the update; with optim.zero1 of slices, whose bf16 weights are then
  * gathered. By NCCL's rings: a pass over n bytes among W GPUs moves (W-1)/W n bytes through each, at the
  * slower of `nvlink` and, with several nodes, `net`; latencies are those of NCCL's own tuning table
  * (src/graph/tuning.cc at 01afd20, ring, Simple). A sum on every GPU is two passes, a sum in slices or a
- * gathering one. What runs beside an exchange is not slowed by it.
+ * gathering one. Of the time that an exchange runs beside the backward pass half is gained: each slows the
+ * other.
  *
  * Reading documents, evaluations, checkpoints and exchanges of a few bytes are left out. Pure, thread-safe.
  */

@@ -457,6 +457,7 @@ done:
 lsa_status lsa_resident_evaluate(lsa_eval *e, lsa_resident *x, int64_t first, int64_t last, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_eval_begin(e, x->s, &x->g);
+    LSA_TRY(lsa_gpu_share(x->step, err));
     LSA_TRY(open_eval(x, first, last, err));
     LSA_TRY(lsa_eval_documents(e, x->comm, x->s, first, last, eval_document, x, err));
 done:

@@ -266,8 +266,6 @@ static lsa_status open_trainer(run *x, const float *params, const float *m, cons
     if (lsa_ctx_kind(x->ctx) != LSA_BACKEND_CUDA || x->r->precision == LSA_PRECISION_F32)
         return lsa_trainer_create(&x->trainer, x->ctx, x->comm, lsa_order_share(x->order), x->r, &x->g,
                                   params, m, v, updates, err);
-    if (lsa_comm_size(x->comm) > 1)
-        lsa_warn("several GPUs: this version was built for them but never run on them; compare with one");
     if (*x->r->trace) LSA_RET_FAIL(LSA_E_CONFIG, "train.trace on a GPU needs train.precision: f32");
     return lsa_resident_create(&x->resident, x->ctx, x->comm, x->source, x->order, x->r, &x->g, params, m, v,
                                updates, err);

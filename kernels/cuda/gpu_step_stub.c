@@ -57,6 +57,10 @@ lsa_status lsa_gpu_wait(lsa_gpu_step *s, lsa_err *err) {
     (void)s;
     NO_CUDA;
 }
+lsa_status lsa_gpu_share(lsa_gpu_step *s, lsa_err *err) {
+    (void)s;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
     (void)s, (void)out;
     NO_CUDA;

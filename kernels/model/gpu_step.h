@@ -148,6 +148,9 @@ LSA_NODISCARD lsa_status lsa_gpu_snapshot(lsa_gpu_step *s, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_gpu_snapshot_get(const lsa_gpu_step *s, float *params, float *m, float *v,
                                               lsa_err *err);
 
+/* Several GPUs, sharded: after steps a GPU has the new bf16 weights of its own slices; this brings the
+ * others. Collective, enqueued. Before lsa_gpu_eval; steps do it themselves. */
+LSA_NODISCARD lsa_status lsa_gpu_share(lsa_gpu_step *s, lsa_err *err);
 /* Of what all ranks must hold alike: the bf16 weights and the norm gains. */
 LSA_NODISCARD lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err);
 

@@ -27,13 +27,15 @@ estimate=("$bin/lsa-train" config --recipe recipes/v4-flash-joint8.yaml --estima
 expect 0 "339.8 M parameters" "${estimate[@]}" gpus=1,windows=338880
 for what in "AdamW  .*3.550  measured" "one pass over 338880 windows"; do grep -q "$what" "$work/out" || bad "no '$what' in the estimate"; done
 if grep -q "assumed" "$work/out"; then bad "one GPU needs no assumption about communication"; fi
-expect 0 "nothing was measured on several GPUs" "${estimate[@]}" gpus=8 --set optim.zero1=true
+expect 0 "more is a plan" "${estimate[@]}" gpus=16,nodes=2 --set optim.zero1=true --set data.virtual_shards=16
 [ "$(grep -c "between GPUs.*assumed" "$work/out")" = 2 ] || bad "communication is not marked as assumed"
+expect 0 "more is a plan" "${estimate[@]}" gpus=8 --set optim.zero1=true
+[ "$(grep -c "between GPUs.*scaled" "$work/out")" = 2 ] || bad "communication in a node is not marked as scaled"
 expect 0 "communication_share" "${estimate[@]}" gpus=8 --json
 "$python" - "$work/out" <<'PY' ||
 import json, sys
 e = json.load(open(sys.argv[1]))
-assert e["from"]["reduce"] == "assumed" and 0 < e["communication_share"] < 1
+assert e["from"]["reduce"] == "scaled" and 0 < e["communication_share"] < 1
 assert abs(sum(e["ms"].values()) - e["step_ms"]) < 1e-6
 PY
     bad "config --estimate --json"

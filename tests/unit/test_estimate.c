@@ -122,15 +122,14 @@ static void test_rings(void **state) {
                 zero1 ? walked(w, grad) + walked(w, 2 * p) : walked(w, grad) + walked(w, grad);
             within("bytes sent", e.sent_bytes, bytes, 1e-9);
             /* never faster than the slowest link, and by no more than the latencies slower */
-            const double wire = 1e-6 * bytes / (w > 8 ? 320 : 360),
-                         alone = e.reduce_ms + e.ms[LSA_PART_GATHER],
+            const double wire = 1e-6 * bytes / 260, alone = e.reduce_ms + e.ms[LSA_PART_GATHER],
                          hops = 3 * 8.4e-3 + (zero1 ? 3 : 4) * (double)(w - 1) * (w > 8 ? 9.6e-3 : 3.4e-3);
             assert_true(alone >= wire && alone <= wire + hops * (1 + 1e-9));
-            /* the rest of the backward pass shortens it: between a fifth and six tenths of the weight
-             * gradients */
+            /* the rest of the backward pass shortens it: between a tenth and three tenths of the
+             * weight gradients */
             const double left = e.ms[LSA_PART_REDUCE] + e.ms[LSA_PART_GATHER];
-            assert_true(left > 0 && left >= alone - e.ms[LSA_PART_WEIGHTS] * 0.6);
-            assert_true(left <= alone - fmin(e.ms[LSA_PART_WEIGHTS] / 5, e.reduce_ms / 2));
+            assert_true(left > 0 && left >= alone - e.ms[LSA_PART_WEIGHTS] * 0.3);
+            assert_true(left <= alone - fmin(e.ms[LSA_PART_WEIGHTS] / 10, e.reduce_ms / 4));
             assert_true(fabs(e.comm_share - left / e.step_ms) <= 1e-12);
             assert_true(zero1 || e.ms[LSA_PART_GATHER] == 0);
             within("norm", e.ms[LSA_PART_NORM], 0.450 / (double)w / (narrow ? 2 : 1), 1e-9);
@@ -139,9 +138,9 @@ static void test_rings(void **state) {
     lsa_recipe r = bench(4096);
     assert_true(estimate(&r, "gpus=4,nodes=4,nvlink=1,net=50").step_ms ==
                 estimate(&r, "gpus=4,nodes=4,nvlink=900,net=50").step_ms);
-    /* a wire of no resistance leaves the latencies of what is sent last */
-    within("latencies", estimate(&r, "gpus=8,nvlink=1000000").ms[LSA_PART_REDUCE], 8.4e-3 + 14 * 3.4e-3,
-           0.02);
+    /* a wire of no resistance leaves the latencies: those of what is sent last, and half of the others */
+    within("latencies", estimate(&r, "gpus=8,nvlink=1000000").ms[LSA_PART_REDUCE],
+           1.5 * (8.4e-3 + 14 * 3.4e-3), 0.02);
 }
 
 static void test_monotonic(void **state) {

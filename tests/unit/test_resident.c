@@ -129,6 +129,10 @@ lsa_status lsa_gpu_snapshot_get(const lsa_gpu_step *s, float *params, float *m, 
     (void)s, (void)params, (void)m, (void)v;
     LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the made-up GPU has no parameters");
 }
+lsa_status lsa_gpu_share(lsa_gpu_step *s, lsa_err *err) {
+    (void)s, (void)err;
+    return LSA_OK;
+}
 lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
     (void)s, (void)out;
     LSA_RET_FAIL(LSA_E_UNSUPPORTED, "the made-up GPU has no parameters");

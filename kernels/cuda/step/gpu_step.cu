@@ -484,7 +484,9 @@ done:
 
 static lsa_status enqueue(lsa_gpu_step *s, lsa_err *err) {
     lsa_status st = LSA_OK;
+    LSA_TRY(step_ranks_share_early(s, err));
     LSA_TRY(step_prepare(s, err));
+    LSA_TRY(step_ranks_join(s, err));
     for (int64_t first = 0; first < s->o.batch; first += s->o.micro) {
         LSA_TRY(step_query(s, first, s->o.micro, err));
         LSA_TRY(step_scores(s, first, err));
@@ -493,7 +495,7 @@ static lsa_status enqueue(lsa_gpu_step *s, lsa_err *err) {
     }
     LSA_TRY(step_norm_and_control(s, err));
     LSA_TRY(step_update(s, err));
-    LSA_TRY(step_ranks_share(s, err));
+    LSA_TRY(step_ranks_share_late(s, err));
 done:
     return st;
 }
@@ -579,8 +581,14 @@ static __global__ void hash_k(const bf16 *p16, const float *p, int64_t n, int64_
     for (int o = 16; o >= 1; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
     if (threadIdx.x % 32 == 0) atomicAdd(out, sum);
 }
+extern "C" lsa_status lsa_gpu_share(lsa_gpu_step *s, lsa_err *err) {
+    return step_ranks_share(s, err);
+}
+
 extern "C" lsa_status lsa_gpu_hash(lsa_gpu_step *s, uint64_t *out, lsa_err *err) {
     unsigned long long h = 0;
+    const lsa_status shared = lsa_gpu_share(s, err);
+    if (shared != LSA_OK) return shared;
     LSA_CUDA(cudaMemsetAsync(s->hash, 0, sizeof *s->hash, s->cs->stream));
     hash_k<<<4096, 256, 0, s->cs->stream>>>(s->p16, s->p, s->n_param, s->at_costs, s->layer_param, s->at_gn,
                                             s->at_gn + s->g.rank, s->hash);

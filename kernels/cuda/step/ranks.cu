@@ -69,16 +69,20 @@ done:
     return st;
 }
 
+/* What the side stream is given next may run beside what the stream is given next. */
+static lsa_status fork(lsa_gpu_step *s, lsa_err *err) {
+    LSA_CUDA(cudaEventRecord(s->ranks->fork, s->cs->stream));
+    LSA_CUDA(cudaStreamWaitEvent(s->ranks->side, s->ranks->fork, 0));
+    s->ranks->forked = true;
+    return LSA_OK;
+}
+
 lsa_status step_ranks_reduce(lsa_gpu_step *s, step_grad_part part, lsa_err *err) {
     lsa_status st = LSA_OK;
     step_ranks *const x = s->ranks;
     if (!x) return LSA_OK;
     const cudaStream_t stream = s->o.no_overlap ? s->cs->stream : x->side;
-    if (!s->o.no_overlap) {
-        LSA_CUDA(cudaEventRecord(x->fork, s->cs->stream));
-        LSA_CUDA(cudaStreamWaitEvent(x->side, x->fork, 0));
-        x->forked = true;
-    }
+    if (!s->o.no_overlap) LSA_TRY(fork(s, err));
     LSA_TRY(lsa_gpu_comm_begin(x->gpu, err));
     if (part == STEP_WQ_B) {
         LSA_TRY(reduce_tensor(s, LSA_WQ_B, stream, err));
@@ -113,7 +117,8 @@ done:
 }
 
 /* Every rank's slices of the projections of all layers. */
-static lsa_status gather(lsa_gpu_step *s, void *v, size_t size, lsa_gpu_type type, lsa_err *err) {
+static lsa_status gather(lsa_gpu_step *s, void *v, size_t size, lsa_gpu_type type, cudaStream_t stream,
+                         lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_comm *const c = s->ranks->gpu;
     LSA_TRY(lsa_gpu_comm_begin(c, err));
@@ -121,18 +126,33 @@ static lsa_status gather(lsa_gpu_step *s, void *v, size_t size, lsa_gpu_type typ
         const lsa_indexer_tensor t = lsa_indexer_tensor_at(&s->g, 0, (lsa_indexer_part)p);
         for (int l = 0; l < s->g.n_layer && p != LSA_Q_NORM; l++)
             LSA_TRY(lsa_gpu_comm_gather_slices(c, (char *)v + (size_t)(l * s->layer_param + t.offset) * size,
-                                               t.n, type, s->cs->stream, err));
+                                               t.n, type, stream, err));
     }
     LSA_TRY(lsa_gpu_comm_end(c, err));
 done:
     return st;
 }
 
+static bool early(const lsa_gpu_step *s) {
+    return !s->o.no_overlap && s->o.hard_share == 0;
+}
 lsa_status step_ranks_share(lsa_gpu_step *s, lsa_err *err) {
-    return s->ranks && s->o.sharded ? gather(s, s->p16, sizeof *s->p16, LSA_GPU_BF16, err) : LSA_OK;
+    return s->ranks && s->o.sharded ? gather(s, s->p16, sizeof *s->p16, LSA_GPU_BF16, s->cs->stream, err)
+                                    : LSA_OK;
+}
+lsa_status step_ranks_share_early(lsa_gpu_step *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (!s->ranks || !s->o.sharded || !early(s)) return LSA_OK;
+    LSA_TRY(fork(s, err));
+    LSA_TRY(gather(s, s->p16, sizeof *s->p16, LSA_GPU_BF16, s->ranks->side, err));
+done:
+    return st;
+}
+lsa_status step_ranks_share_late(lsa_gpu_step *s, lsa_err *err) {
+    return early(s) ? LSA_OK : step_ranks_share(s, err);
 }
 lsa_status step_ranks_gather(lsa_gpu_step *s, float *v, lsa_err *err) {
-    return s->ranks && s->o.sharded ? gather(s, v, sizeof *v, LSA_GPU_F32, err) : LSA_OK;
+    return s->ranks && s->o.sharded ? gather(s, v, sizeof *v, LSA_GPU_F32, s->cs->stream, err) : LSA_OK;
 }
 
 lsa_status step_ranks_rehearse(lsa_gpu_step *s, lsa_err *err) {

@@ -21,8 +21,12 @@ lsa_status step_ranks_reduce(lsa_gpu_step *s, step_grad_part part, lsa_err *err)
 lsa_status step_ranks_join(lsa_gpu_step *s, lsa_err *err); /* until all parts are added */
 /* All of it with nothing beside it: to measure. */
 lsa_status step_ranks_exchange(lsa_gpu_step *s, lsa_err *err);
-/* Sharded: the bf16 weights of every rank's slices. */
+/* Sharded: the bf16 weights of every rank's slices. share: now. share_early: what the step before updated,
+ * beside what is enqueued next, until join; share_late: at the step's end, where early does not do (mined
+ * negatives need the weights between steps). One of the two does nothing. */
 lsa_status step_ranks_share(lsa_gpu_step *s, lsa_err *err);
+lsa_status step_ranks_share_early(lsa_gpu_step *s, lsa_err *err);
+lsa_status step_ranks_share_late(lsa_gpu_step *s, lsa_err *err);
 /* x [n_param] f32, of which a rank has formed its slices: all of it. Not captured. */
 lsa_status step_ranks_gather(lsa_gpu_step *s, float *x, lsa_err *err);
 /* Waits for the event, or for all of the stream (NULL), unless a rank or the exchange fails; the exchange is
