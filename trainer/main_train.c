@@ -27,7 +27,8 @@ typedef struct ranks {
     { "auto", 20, NULL }
 #define RANKS_OPTS(r)                                                                                                                      \
     {"ranks", "KIND", LSA_OPT_STR, &(r).kind,                                                                                              \
-     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi "                                \
+     "auto: every process that mpirun or srun --mpi=pmix started is a rank; self: this process alone; mpi; "                               \
+     "file:PATH: ranks that torchrun, srun or RANK and WORLD_SIZE number meet through this file, without MPI "                             \
      "(default auto)"},                                                                                                                    \
     {                                                                                                                                      \
         "deadline", "S", LSA_OPT_F64, &(r).deadline,                                                                                       \

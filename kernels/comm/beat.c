@@ -422,8 +422,7 @@ static lsa_status start(lsa_beat *b, lsa_err *err) {
     return LSA_OK;
 }
 
-/* Addresses of this host, loopback last. */
-static void list_addresses(lsa_beat_address *w) {
+void lsa_beat_addresses(lsa_beat_address *w) {
     struct ifaddrs *all = NULL;
     if (getifaddrs(&all) != 0) return;
     for (int pass = 0; pass < 2; pass++)
@@ -456,7 +455,7 @@ lsa_status lsa_beat_listen(lsa_beat **out, lsa_beat_address *where, int size, do
     memcpy(where->host, b->me.host, sizeof where->host);
     if (getrandom(&where->token, sizeof where->token, 0) != (ssize_t)sizeof where->token)
         LSA_FAIL(LSA_E_IO, "no random bytes: %s", strerror(errno));
-    list_addresses(where);
+    lsa_beat_addresses(where);
     b->where = *where;
     b->me.token = where->token;
     b->peer[0].pid = b->me.pid;

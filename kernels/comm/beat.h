@@ -19,6 +19,8 @@ typedef struct lsa_beat_address {
     char addr[LSA_BEAT_ADDRESSES][48];
 } lsa_beat_address;
 
+void lsa_beat_addresses(lsa_beat_address *w); /* fills n_addr and addr: this host's, loopback last */
+
 typedef struct lsa_beat lsa_beat;
 /* Rank 0: listens, fills *where, starts the thread. */
 LSA_NODISCARD lsa_status lsa_beat_listen(lsa_beat **out, lsa_beat_address *where, int size, double deadline_s,

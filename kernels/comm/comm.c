@@ -13,24 +13,35 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/version.h"
 
+enum { SELF, MPI, FILE_TABLE };
+static const char FILE_PREFIX[] = "file:";
+
 /* Which table "auto" and the launcher mean. */
-static lsa_status choose(bool *mpi, const lsa_comm_opts *o, lsa_err *err) {
+static lsa_status choose(int *table, const lsa_comm_opts *o, lsa_err *err) {
     const lsa_launch *l = &o->launch;
-    *mpi = !strcmp(o->ranks, "mpi") || (!strcmp(o->ranks, "auto") && l->mpi && l->size > 1);
-    if (strcmp(o->ranks, "auto") && strcmp(o->ranks, "self") && strcmp(o->ranks, "mpi"))
-        LSA_RET_FAIL(LSA_E_ARG, "--ranks '%.40s': expected auto, self or mpi", o->ranks);
+    const bool is_auto = !strcmp(o->ranks, "auto"), is_mpi = !strcmp(o->ranks, "mpi"),
+               is_file = !strncmp(o->ranks, FILE_PREFIX, sizeof FILE_PREFIX - 1);
+    *table = is_file ? FILE_TABLE : is_mpi || (is_auto && l->mpi && l->size > 1) ? MPI : SELF;
+    if ((!is_auto && !is_mpi && !is_file && strcmp(o->ranks, "self")) ||
+        (is_file && !o->ranks[sizeof FILE_PREFIX - 1]))
+        LSA_RET_FAIL(LSA_E_ARG, "--ranks '%.40s': expected auto, self, mpi or file:PATH", o->ranks);
     if (!(o->deadline_s >= 1 && o->deadline_s <= 86400))
         LSA_RET_FAIL(LSA_E_ARG, "--deadline %g: must be in [1, 86400] seconds", o->deadline_s);
-    if (!strcmp(o->ranks, "auto") && !l->mpi && l->size > 1)
+    if (is_auto && !l->mpi && l->size > 1)
         LSA_RET_FAIL(
             LSA_E_ARG,
-            "%s started %d processes that cannot find each other: ranks meet through MPI, so start them with mpirun or "
-            "'srun --mpi=pmix' (or pass --ranks self if each is a run of its own)",
+            "%s started %d processes, which have not been told how to find each other: --ranks file:PATH names a file in a folder "
+            "that all see; or start them with mpirun or 'srun --mpi=pmix'; or pass --ranks self if each is a run of its own",
             l->by, l->size);
+    if (is_file && l->size < 2)
+        LSA_RET_FAIL(
+            LSA_E_ARG,
+            "--ranks %.60s, but nothing says which of how many ranks this process is: set RANK and WORLD_SIZE (torchrun and srun do)",
+            o->ranks);
     return LSA_OK;
 }
 
-/* ---- meeting: until the side channel stands nobody watches, and MPI waits for ever ---- */
+/* ---- meeting: until the side channel stands nobody watches, and tables wait for ever ---- */
 
 typedef struct meeting {
     const lsa_comm_opts *o;
@@ -57,8 +68,9 @@ static void *watch(void *arg) {
         gethostname(host, sizeof host - 1);
         lsa_err_set(
             &why, LSA_E_COMM, __FILE__, __LINE__,
-            "rank %d of %d (%s, started by %s) has not met the others within %.0f s: one of them has not started, or MPI's network does "
-            "not reach it (with Open MPI: OMPI_MCA_btl_tcp_if_include names the interface); --deadline raises this limit",
+            "rank %d of %d (%s, started by %s) has not met the others within %.0f s: one of them has not started, does not see the file "
+            "(--ranks file:PATH), or the network does not reach it (with Open MPI: OMPI_MCA_btl_tcp_if_include names the interface); "
+            "--deadline raises this limit",
             m->o->launch.rank, m->o->launch.size, host, m->o->launch.by, limit);
         m->o->stuck(&why);
     }
@@ -97,10 +109,13 @@ done:
     return st;
 }
 
-static lsa_status meet(lsa_comm *c, const lsa_comm_opts *o, lsa_err *err) {
+static lsa_status meet(lsa_comm *c, int table, const lsa_comm_opts *o, lsa_err *err) {
     lsa_status st = LSA_OK;
     const char *v = lsa_version_text();
-    LSA_TRY(lsa_comm_mpi_open(c, err));
+    if (table == FILE_TABLE)
+        LSA_TRY(lsa_comm_file_open(c, o->ranks + sizeof FILE_PREFIX - 1, &o->launch, err));
+    else
+        LSA_TRY(lsa_comm_mpi_open(c, err));
     if (o->launch.local_rank >= 0) c->local_rank = o->launch.local_rank;
     LSA_TRY(lsa_comm_agree(c, "the program (version, commit or features)", lsa_xxh64(v, strlen(v)),
                            LSA_E_CONFIG, err));
@@ -112,18 +127,18 @@ done:
 lsa_status lsa_comm_open(lsa_comm **out, const lsa_comm_opts *o, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_comm *c = NULL;
-    bool mpi;
+    int table;
     *out = NULL;
-    LSA_TRY(choose(&mpi, o, err));
+    LSA_TRY(choose(&table, o, err));
     LSA_TRY(LSA_NEW(c, 1, err));
     c->t = &lsa_comm_self;
     c->size = 1;
     c->local_rank = o->launch.local_rank > 0 ? o->launch.local_rank : 0;
     c->deadline_s = o->deadline_s;
-    if (mpi) {
+    if (table != SELF) {
         meeting m;
         meeting_begin(&m, o);
-        st = meet(c, o, err);
+        st = meet(c, table, o, err);
         meeting_end(&m);
         if (st != LSA_OK) goto done;
     }

@@ -1,5 +1,5 @@
-/* Ranks and collectives of host memory as one small table: `self` (one process) and `mpi` (any number of
- * hosts).
+/* Ranks and collectives of host memory as one small table: `self` (one process), `mpi` and
+ * `file` (any number of hosts).
  *
  * A rank that dies, stops, hangs or fails ends every rank: within the deadline each call in progress returns,
  * with a message that names the rank and the cause and with the failing rank's code (LSA_E_COMM for one that
@@ -23,7 +23,10 @@ typedef struct lsa_comm lsa_comm;
 enum { LSA_COMM_MEET = 6 }; /* opening may take so many deadlines: large jobs start slowly */
 
 typedef struct lsa_comm_opts {
-    const char *ranks; /* "auto": mpi if an MPI launcher started more than one rank; or "self", "mpi" */
+    /* "auto": mpi if an MPI launcher started more than one rank; or "self", "mpi", or "file:PATH": ranks that
+     * a launcher numbered meet through this file, which rank 0 makes in a folder that all see (by TCP, no
+     * MPI) */
+    const char *ranks;
     double deadline_s; /* see above; at least 1 */
     lsa_launch launch;
     /* Called by a watching thread when another rank has failed and the caller, deep in its own work, has not

@@ -28,5 +28,7 @@ struct lsa_comm {
 extern const lsa_comm_table lsa_comm_self;
 /* Fills rank, size, local_rank, t and impl. Without MPI in the build: LSA_E_UNSUPPORTED. */
 LSA_NODISCARD lsa_status lsa_comm_mpi_open(lsa_comm *c, lsa_err *err);
+/* The same for ranks that meet through the file `path`. Waits for the others without end. */
+LSA_NODISCARD lsa_status lsa_comm_file_open(lsa_comm *c, const char *path, const lsa_launch *l, lsa_err *err);
 
 #endif

@@ -129,8 +129,8 @@ static void stuck(const lsa_err *err) {
     _exit(lsa_report_error("comm", err));
 }
 
-static int be_a_rank(const char *what) {
-    lsa_comm_opts o = {.ranks = "auto", .deadline_s = DEADLINE_S, .stuck = stuck};
+static int be_a_rank(const char *ranks, const char *what) {
+    lsa_comm_opts o = {.ranks = ranks, .deadline_s = DEADLINE_S, .stuck = stuck};
     lsa_comm *c = NULL;
     lsa_err err = {0};
     lsa_status st = lsa_launch_read(&o.launch, variable, &err);
@@ -148,10 +148,21 @@ typedef struct outcome {
     char text[8192];
 } outcome;
 
+static bool g_file; /* ranks meet through a file, started by a shell */
+
 static outcome launch(int n, const char *what) {
     outcome o = {0};
     char cmd[512];
     struct timespec a, b;
+    if (g_file) {
+        snprintf(
+            cmd, sizeof cmd,
+            "f=$(mktemp -u /tmp/lsa-meet-XXXXXX); export OMP_NUM_THREADS=1 WORLD_SIZE=%d; rc=0; pids=; "
+            "for r in $(seq 0 %d); do RANK=$r timeout 60 '%s' %s file:$f 2>&1 & pids=\"$pids $!\"; done; "
+            "for p in $pids; do wait $p; c=$?; [ $c = 0 ] || rc=$c; done; rm -f $f; exit $rc",
+            n, n - 1, g_program, what);
+        goto run;
+    }
     if (strstr(lsa_version_text(), "MPI      OFF") || system("command -v mpirun >/dev/null") != 0) {
         puts("skipped: this build or machine has no MPI");
         skip();
@@ -161,6 +172,7 @@ static outcome launch(int n, const char *what) {
         "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 timeout 60 mpirun --oversubscribe -n %d "
         "'%s' %s 2>&1",
         n, g_program, what);
+run:
     clock_gettime(CLOCK_MONOTONIC, &a);
     FILE *f = popen(cmd, "r");
     assert_non_null(f);
@@ -232,14 +244,45 @@ static void test_busy_rank_is_told(void **state) {
     expect(2, "busy", 1, "rank 1 (process", 15);
 }
 
+static void over_file(void **state, void (*test)(void **)) {
+    g_file = true;
+    test(state);
+    g_file = false;
+}
+static void test_file_sums(void **state) {
+    over_file(state, test_sums);
+}
+static void test_file_differ(void **state) {
+    over_file(state, test_differ);
+}
+static void test_file_failing_rank(void **state) {
+    over_file(state, test_failing_rank);
+}
+static void test_file_hanging_rank(void **state) {
+    over_file(state, test_hanging_rank);
+}
+static void test_file_busy_rank(void **state) {
+    over_file(state, test_busy_rank_is_told);
+}
+
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_one_process),  cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_sums),         cmocka_unit_test(test_differ),
-        cmocka_unit_test(test_failing_rank), cmocka_unit_test(test_hanging_rank),
-        cmocka_unit_test(test_slow_rank),    cmocka_unit_test(test_busy_rank_is_told),
+        cmocka_unit_test(test_one_process),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_differ),
+        cmocka_unit_test(test_failing_rank),
+        cmocka_unit_test(test_hanging_rank),
+        cmocka_unit_test(test_slow_rank),
+        cmocka_unit_test(test_busy_rank_is_told),
+        cmocka_unit_test(test_file_sums),
+        cmocka_unit_test(test_file_differ),
+        cmocka_unit_test(test_file_failing_rank),
+        cmocka_unit_test(test_file_hanging_rank),
+        cmocka_unit_test(test_file_busy_rank),
     };
-    if (argc > 1 && getenv("OMPI_COMM_WORLD_RANK")) return be_a_rank(argv[1]);
+    if (argc > 2 && getenv("RANK")) return be_a_rank(argv[2], argv[1]);
+    if (argc > 1 && getenv("OMPI_COMM_WORLD_RANK")) return be_a_rank("auto", argv[1]);
     g_program = argv[0];
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -43,6 +43,25 @@ check mass --set data.virtual_shards=4 --set train.batch=16 --set loss.by_mass=t
 check continuation --set data.virtual_shards=4 --set train.batch=8 --set model.continuation=5 --set optim.clip=0.05
 cmp -s "$work/kl-1/$last/model.safetensors" "$work/mass-1/$last/model.safetensors" && bad "the cases do not differ: the comparison sees nothing"
 
+# ranks that meet through a file, as torchrun or srun number them; one that an earlier run left is passed over
+echo "lsa-ranks/1 3 0123456789abcdef 1 127.0.0.1" >"$work/meet"
+pids=
+for rank in 2 1 0; do
+    RANK=$rank WORLD_SIZE=3 "${run[@]}" --set data.virtual_shards=12 --set train.batch=24 --set optim.zero1=true --ranks "file:$work/meet" \
+        --out "$work/file-3" >"$work/log.$rank" 2>&1 &
+    pids="$pids $!"
+done
+for p in $pids; do wait "$p" || { bad "3 ranks over a file"; cat "$work"/log.*; }; done
+"${run[@]}" --set data.virtual_shards=12 --set train.batch=24 --out "$work/file-1" >/dev/null 2>&1
+same file-1 file-3
+[ ! -e "$work/meet" ] || bad "the file of the meeting is left"
+rc=0
+RANK=1 WORLD_SIZE=2 "${run[@]}" --ranks "file:$work/meet" --deadline 1 --out "$work/none" >"$work/log" 2>&1 || rc=$?
+{ [ $rc = 1 ] && grep -q "rank 1 of 2 .* has not met the others" "$work/log"; } || { bad "a rank alone: exit $rc"; cat "$work/log"; }
+rc=0
+"${run[@]}" --ranks "file:$work/meet" --out "$work/none" >"$work/log" 2>&1 || rc=$?
+{ [ $rc = 2 ] && grep -q "set RANK and WORLD_SIZE" "$work/log"; } || { bad "no numbers: exit $rc"; cat "$work/log"; }
+
 # threads of a rank decide nothing either
 OMP_NUM_THREADS=3 "${run[@]}" --set data.virtual_shards=8 --set train.batch=32 --out "$work/threads" >/dev/null 2>&1
 same kl-1 threads state.json
@@ -76,7 +95,7 @@ refused() { # ranks code text options...
 }
 refused 3 2 "3 ranks do not divide 8 virtual shards: start 1, 2, 4, 8 ranks, or set data.virtual_shards to 6 or 9" --set data.virtual_shards=8 --set train.batch=8
 refused 2 2 "the nearest are 16 or 24" --set data.virtual_shards=8 --set train.batch=20
-refused 2 2 "expected auto, self or mpi" --ranks sideways
+refused 2 2 "expected auto, self, mpi or file:PATH" --ranks sideways
 [ -z "$(RANK=0 WORLD_SIZE=2 "${run[@]}" --out "$work/none" 2>&1 | grep -v 'torchrun started 2 processes')" ] || bad "torchrun's variables alone are not refused"
 
 # one rank needs no launcher, and mpirun -n 1 is one rank
