@@ -4,14 +4,20 @@
 set -euo pipefail
 . "$(dirname "$0")/../testkit/gpu.sh"
 small=(--steps 0 --layers 2 --rank 64 --hidden 128)
-fail=0
+work=$(mktemp -d /tmp/lsa-gpu-step-XXXXXX)
+trap 'rm -rf "$work"' EXIT
+at_once=$(($(nproc) < 8 ? $(nproc) : 8)) # each spends most of its time starting and in the ref column
+slot() { while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do wait -n || true; done; }
 check() {
-    if out=$("$bin/lsa-train" bench "${small[@]}" "$@" 2>&1); then
-        echo "ok   $*: $(grep -oE '"(loss|captured)_error.*' <<<"$out")"
-    else
-        echo "FAIL $*: $out"
-        fail=1
-    fi
+    slot
+    {
+        if out=$(OMP_NUM_THREADS=2 "$bin/lsa-train" bench "${small[@]}" "$@" 2>&1); then
+            echo "ok   $*: $(grep -oE '"(loss|captured)_error.*' <<<"$out")"
+        else
+            echo "FAIL $*: $out"
+            touch "$work/failed"
+        fi
+    } &
 }
 for portable in false true; do
     p=(--set train.portable=$portable)
@@ -42,14 +48,17 @@ if command -v compute-sanitizer >/dev/null; then
     sanitize() { # tool options...
         local tool=$1 log
         shift
-        log=$(timeout 200 compute-sanitizer --tool "$tool" "$bin/lsa-train" bench "${small[@]}" "$@" 2>&1 || true)
-        if grep -aE '(Error|Warning): ' <<<"$log" | grep -qav nvjet || ! grep -qa 'SUMMARY' <<<"$log" || ! grep -qa '"verify"' <<<"$log"; then
-            echo "FAIL $tool $*"
-            tail -n 20 <<<"$log"
-            fail=1
-        else
-            echo "ok   $tool $*"
-        fi
+        slot
+        {
+            log=$(OMP_NUM_THREADS=2 timeout 200 compute-sanitizer --tool "$tool" "$bin/lsa-train" bench "${small[@]}" "$@" 2>&1 || true)
+            if grep -aE '(Error|Warning): ' <<<"$log" | grep -qav nvjet || ! grep -qa 'SUMMARY' <<<"$log" || ! grep -qa '"verify"' <<<"$log"; then
+                echo "FAIL $tool $*"
+                tail -n 20 <<<"$log"
+                touch "$work/failed"
+            else
+                echo "ok   $tool $*"
+            fi
+        } &
     }
     for tool in memcheck racecheck initcheck; do
         for portable in false true; do
@@ -64,4 +73,5 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "compute-sanitizer is not installed: memory checks not run"
 fi
-exit $fail
+wait
+[ ! -e "$work/failed" ]
