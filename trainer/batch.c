@@ -17,8 +17,8 @@ void lsa_batch_fini(lsa_batch *b) {
         lsa_free(b->x[l]);
         lsa_free(b->key[l]);
     }
-    void *p[] = {b->position, b->key_base, b->n_cand, b->cand,       b->y,
-                 b->weight,   b->doc,      b->start,  b->row_weight, b->shard};
+    void *p[] = {b->position, b->key_base, b->n_cand,     b->cand,  b->y,      b->weight,
+                 b->doc,      b->start,    b->row_weight, b->shard, b->recent, b->memory};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     memset(b, 0, sizeof *b);
 }
@@ -59,6 +59,16 @@ done:
     return st;
 }
 
+static lsa_status room_prior(lsa_batch *b, int64_t mn, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (mn <= b->cap_prior) return LSA_OK;
+    ROOM(b->recent, mn);
+    ROOM(b->memory, mn);
+    b->cap_prior = mn;
+done:
+    return st;
+}
+
 static lsa_status room_keys(lsa_batch *b, int64_t n_key, const lsa_indexer_geom *g, lsa_err *err) {
     lsa_status st = LSA_OK;
     if (n_key <= b->cap_key) return LSA_OK;
@@ -76,6 +86,11 @@ static void fill_query(lsa_batch *b, int64_t i, const lsa_train_doc *d, const ls
     for (int32_t l = 0; l < g->n_layer; l++)
         for (int64_t j = 0; j < g->hidden; j++)
             b->x[l][i * g->hidden + j] = lsa_bf16_to_f32(d->hidden[l][w->hidden_row * g->hidden + j]);
+}
+
+/* Row i of the features: of the windows before w. */
+static void fill_prior(lsa_batch *b, int64_t i, const lsa_train_doc *d, const lsa_window *w) {
+    lsa_observed_features(b->recent + i * b->n, b->memory + i * b->n, &d->observed, w->start, w->n_cand);
 }
 
 /* The key pool: every document of the batch once; key_base of each query. */
@@ -253,6 +268,8 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
                : widest;
     LSA_TRY(fill_keys(b, doc, m, g, err));
     LSA_TRY(room_elems(b, m * b->n, sampled, true, err));
+    b->has_prior = g->prior;
+    if (g->prior) LSA_TRY(room_prior(b, m * b->n, err));
     bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t i = 0; i < m; i++) {
@@ -261,6 +278,7 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
         int32_t *pos = NULL, *neg = NULL;
         uint32_t *word = NULL;
         const int64_t n = w[i].n_cand;
+        if (g->prior) fill_prior(b, i, doc[i], &w[i]);
         if (LSA_NEW(votes, n, NULL) != LSA_OK ||
             (sampled && (LSA_NEW(pos, n, NULL) != LSA_OK || LSA_NEW(neg, n, NULL) != LSA_OK ||
                          LSA_NEW(word, n, NULL) != LSA_OK)) ||
@@ -325,6 +343,13 @@ lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t 
         b->n_cand[i] = (int32_t)w.n_cand;
         b->key_base[i] = 0;
         b->n = lsa_max_i64(b->n, w.n_cand);
+    }
+    b->has_prior = g->prior;
+    if (g->prior) LSA_TRY(room_prior(b, m * b->n, err));
+    for (int64_t i = 0; i < m && g->prior; i++) {
+        lsa_window w;
+        LSA_TRY(lsa_window_at(&w, s, d, first + i, err));
+        fill_prior(b, i, d, &w);
     }
     LSA_TRY(room_keys(b, d->info.n_key, g, err));
     for (int32_t l = 0; l < g->n_layer; l++)
