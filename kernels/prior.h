@@ -3,9 +3,9 @@
  *
  * m(c): attention mass on chunk c, mean over all CSA layers, heads and tokens of the window just decoded.
  * M(c): a decayed memory of the windows before that one: when a window ends M becomes DECAY * M + m, then m
- * becomes the ended window's. Features f(x) = ln(1 + x / UNIT) of both; z'(c) = z(c) + w_1 f(m) + w_2 f(M)
- * with z the sum of the joint layers' logits, before any continuation (continuation.h), so that observed use
- * goes on into the chunks that follow. A chunk without mass adds exactly nothing.
+ * becomes the ended window's. Features f(x) = ln(1 + x / UNIT) of both (constants: lsa_ids.h); z'(c) = z(c) +
+ * w_1 f(m) + w_2 f(M) with z the sum of the joint layers' logits, before any continuation (continuation.h),
+ * so that observed use goes on into the chunks that follow. A chunk without mass adds exactly nothing.
  *
  * Made of correctly rounded operations only, as kernels/model/sigmoid.h: every compiler and GPU gives the
  * same bits. Error of the logarithm at most 2 float steps. NaN stays NaN. Pure, thread-safe. */
@@ -18,9 +18,6 @@
 
 #include "kernels/core/host_device.h"
 #include "kernels/core/lsa_ids.h"
-
-#define LSA_PRIOR_DECAY 0.9f  /* of the memory, a window */
-#define LSA_PRIOR_UNIT  1e-3f /* mass at which a feature leaves its linear part */
 
 /* Windows that a memory made from records (trainer) adds up: an older one weighs less than DECAY^64 = 0.0012
  * and is left out; a memory kept by the rule above (decoder, servers) forgets it by itself. */
