@@ -17,8 +17,8 @@ void lsa_batch_fini(lsa_batch *b) {
         lsa_free(b->x[l]);
         lsa_free(b->key[l]);
     }
-    void *p[] = {b->position, b->key_base, b->n_cand,     b->cand,  b->y,      b->weight,
-                 b->doc,      b->start,    b->row_weight, b->shard, b->recent, b->memory};
+    void *p[] = {b->position, b->key_base,   b->n_cand, b->cand,   b->y,      b->weight,  b->doc,
+                 b->start,    b->row_weight, b->shard,  b->recent, b->memory, b->observed};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     memset(b, 0, sizeof *b);
 }
@@ -41,6 +41,9 @@ static lsa_status room_rows(lsa_batch *b, int64_t m, const lsa_indexer_geom *g, 
     ROOM(b->doc, m);
     ROOM(b->row_weight, m);
     ROOM(b->start, m);
+    lsa_free(b->observed);
+    b->observed = NULL;
+    LSA_TRY(lsa_alloc_((void **)&b->observed, m, sizeof *b->observed, "batch", err));
     b->cap_m = m;
 done:
     return st;
@@ -86,11 +89,6 @@ static void fill_query(lsa_batch *b, int64_t i, const lsa_train_doc *d, const ls
     for (int32_t l = 0; l < g->n_layer; l++)
         for (int64_t j = 0; j < g->hidden; j++)
             b->x[l][i * g->hidden + j] = lsa_bf16_to_f32(d->hidden[l][w->hidden_row * g->hidden + j]);
-}
-
-/* Row i of the features: of the windows before w. */
-static void fill_prior(lsa_batch *b, int64_t i, const lsa_train_doc *d, const lsa_window *w) {
-    lsa_observed_features(b->recent + i * b->n, b->memory + i * b->n, &d->observed, w->start, w->n_cand);
 }
 
 /* The key pool: every document of the batch once; key_base of each query. */
@@ -270,6 +268,7 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
     LSA_TRY(room_elems(b, m * b->n, sampled, true, err));
     b->has_prior = g->prior;
     if (g->prior) LSA_TRY(room_prior(b, m * b->n, err));
+    for (int64_t i = 0; i < m && g->prior; i++) b->observed[i] = &doc[i]->observed;
     bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t i = 0; i < m; i++) {
@@ -278,7 +277,6 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
         int32_t *pos = NULL, *neg = NULL;
         uint32_t *word = NULL;
         const int64_t n = w[i].n_cand;
-        if (g->prior) fill_prior(b, i, doc[i], &w[i]);
         if (LSA_NEW(votes, n, NULL) != LSA_OK ||
             (sampled && (LSA_NEW(pos, n, NULL) != LSA_OK || LSA_NEW(neg, n, NULL) != LSA_OK ||
                          LSA_NEW(word, n, NULL) != LSA_OK)) ||
@@ -346,11 +344,7 @@ lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t 
     }
     b->has_prior = g->prior;
     if (g->prior) LSA_TRY(room_prior(b, m * b->n, err));
-    for (int64_t i = 0; i < m && g->prior; i++) {
-        lsa_window w;
-        LSA_TRY(lsa_window_at(&w, s, d, first + i, err));
-        fill_prior(b, i, d, &w);
-    }
+    for (int64_t i = 0; i < m && g->prior; i++) b->observed[i] = &d->observed;
     LSA_TRY(room_keys(b, d->info.n_key, g, err));
     for (int32_t l = 0; l < g->n_layer; l++)
         memcpy(b->key[l], d->key[l], (size_t)(d->info.n_key * LSA_KEY_BYTES));

@@ -22,7 +22,9 @@ typedef struct lsa_batch {
     int32_t *n_cand, *cand;       /* [m]; [m, n] if has_cand, else chunks 0..n_cand-1 */
     bool has_cand;
     float *y, *weight; /* [m, n]: labels or target mass; weights (pointwise losses) */
-    bool has_prior;    /* recent and memory [m, n]: features of the observed mass (kernels/prior.h) */
+    bool has_prior;    /* what the rows' windows read, borrowed until the source drops the document; and
+                          room for its features [m, n] (kernels/prior.h), which lsa_observe fills */
+    const lsa_observed **observed;
     float *recent, *memory;
     float *row_weight;      /* [m] kl: 0 without a target, else 1, or the window's mass with loss.by_mass */
     lsa_batch_counts count; /* of all rows: the shards' counts, added in their order */

@@ -11,6 +11,7 @@
 #include "kernels/cpu/topk.h"
 #include "kernels/continuation.h"
 #include "kernels/prior.h"
+#include "trainer/observer.h"
 
 const double lsa_eval_budgets[LSA_EVAL_BUDGETS] = {0.05, 0.10, 0.20};
 const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS] = {16384, 65536, 262144, INT64_MAX};
@@ -130,8 +131,8 @@ done:
     return st;
 }
 
-/* One group of windows, added to row [e->n]; the windows run in parallel into rows of their own and are added
- * in order. */
+/* One group of windows (with a prior: observed already), added to row [e->n]; the windows run in parallel
+ * into rows of their own and are added in order. */
 static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_batch *b, const lsa_train_doc *d,
                                lsa_source *s, const lsa_recipe *r, int64_t first, const float *z,
                                lsa_err *err) {
@@ -204,6 +205,7 @@ static lsa_status score_document(void *user, lsa_scores *row, const lsa_eval *e,
     lsa_status st = LSA_OK;
     const scorer *const x = user;
     lsa_batch b = {0};
+    lsa_observer o = {0};
     const lsa_train_doc *d;
     float *z = NULL;
     int64_t cap = 0;
@@ -220,10 +222,16 @@ static lsa_status score_document(void *user, lsa_scores *row, const lsa_eval *e,
             cap = need;
         }
         LSA_TRY(lsa_trainer_score(x->t, &b, z, err));
+        if (e->prior)
+            LSA_TRY(lsa_observe(
+                &o, &b,
+                &(lsa_observe_args){z, e->n_layer, m * b.n, x->r->budget, e->prior_weight, e->cost, e->reach},
+                err));
         LSA_TRY(lsa_source_get(&d, x->s, doc, err));
         LSA_TRY(group_scores(row, e, &b, d, x->s, x->r, w, z, err));
     }
 done:
+    lsa_observer_fini(&o);
     lsa_batch_fini(&b);
     lsa_free(z);
     return st;

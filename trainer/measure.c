@@ -11,6 +11,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/prior.h"
+#include "trainer/observer.h"
 
 enum { GROUP = 64 };
 
@@ -236,6 +237,7 @@ lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_batch b = {0};
     LSA_VEC(float) z = {0};
+    lsa_observer o = {0};
     uint8_t *rows = NULL;
     lsa_progress p;
     int64_t done_windows = 0;
@@ -251,6 +253,11 @@ lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, lsa_err *err) {
             LSA_TRY(lsa_batch_document(&b, m->source, doc, w, n, &m->g, err));
             LSA_TRY(LSA_VEC_RESERVE(z, m->g.n_layer * n * b.n, err));
             LSA_TRY(lsa_trainer_score(m->trainer, &b, z.data, err));
+            if (m->g.prior)
+                LSA_TRY(lsa_observe(&o, &b,
+                                    &(lsa_observe_args){z.data, m->g.n_layer, n * b.n, m->r.budget, m->prior,
+                                                        m->cost, m->g.reach},
+                                    err));
             LSA_TRY(lsa_source_get(&d, m->source, doc, err));
             LSA_TRY(look_group(how, rows, m, &b, d, w, z.data, err));
             done_windows += n;
@@ -259,6 +266,7 @@ lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, lsa_err *err) {
     }
     lsa_progress_end(&p);
 done:
+    lsa_observer_fini(&o);
     lsa_batch_fini(&b);
     lsa_free(z.data);
     lsa_free(rows);

@@ -51,7 +51,7 @@ lsa_status lsa_observed_build(lsa_observed *o, const lsa_csr *native, int32_t n_
                               int64_t n_row, int64_t n_key, int64_t tau, lsa_err *err) {
     lsa_status st = LSA_OK;
     float *sum = NULL;
-    *o = (lsa_observed){.tau = tau, .n_window = lsa_ceil_div(first + n_row, tau)};
+    *o = (lsa_observed){.tau = tau, .n_key = n_key, .n_window = lsa_ceil_div(first + n_row, tau)};
     LSA_TRY(LSA_NEW(sum, n_key, err));
     LSA_TRY(LSA_NEW(o->begin, o->n_window + 1, err));
     walk(o, native, n_csa, first, n_row, n_key, sum);
@@ -64,22 +64,18 @@ done:
     return st;
 }
 
-void lsa_observed_features(float *recent, float *memory, const lsa_observed *o, int64_t start, int64_t n) {
+void lsa_observed_masses(float *recent, float *memory, const lsa_observed *o, int64_t start) {
     const int64_t last = lsa_min_i64(start / o->tau, o->n_window) - 1; /* the window just decoded */
     float weight[LSA_PRIOR_WINDOWS] = {1.0f};
-    memset(recent, 0, (size_t)n * sizeof *recent);
-    memset(memory, 0, (size_t)n * sizeof *memory);
+    memset(recent, 0, (size_t)o->n_key * sizeof *recent);
+    memset(memory, 0, (size_t)o->n_key * sizeof *memory);
     for (int i = 1; i < LSA_PRIOR_WINDOWS; i++) weight[i] = weight[i - 1] * LSA_PRIOR_DECAY;
     for (int64_t k = lsa_max_i64(0, last - LSA_PRIOR_WINDOWS); k <= last; k++)
-        for (int64_t j = o->begin[k]; j < o->begin[k + 1] && o->chunk[j] < n; j++) {
+        for (int64_t j = o->begin[k]; j < o->begin[k + 1]; j++) {
             const int32_t c = o->chunk[j];
             if (k == last)
                 recent[c] = o->mass[j];
             else
                 memory[c] = fmaf(weight[last - 1 - k], o->mass[j], memory[c]);
         }
-    for (int64_t c = 0; c < n; c++) {
-        recent[c] = lsa_prior_feature(recent[c]);
-        memory[c] = lsa_prior_feature(memory[c]);
-    }
 }

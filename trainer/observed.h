@@ -7,6 +7,7 @@
 
 typedef struct lsa_observed {
     int64_t tau, n_window; /* window k: tokens [k tau, (k+1) tau) */
+    int64_t n_key;         /* chunks of the document */
     int64_t *begin;        /* [n_window+1] */
     int32_t *chunk;        /* [begin[n_window]], ascending in a window */
     float *mass;           /* mean over CSA layers and the window's tokens (those that have rows) */
@@ -20,8 +21,9 @@ LSA_NODISCARD lsa_status lsa_observed_build(lsa_observed *o, const lsa_csr *nati
 void lsa_observed_fini(lsa_observed *o);
 int64_t lsa_observed_bytes(const lsa_observed *o);
 
-/* Features recent[n] and memory[n] of chunks 0 .. n-1 for the window that starts at token `start`, a multiple
- * of tau: from the windows that end at or before it, and from no other. Pure, thread-safe. */
-void lsa_observed_features(float *recent, float *memory, const lsa_observed *o, int64_t start, int64_t n);
+/* Masses recent[n_key] and memory[n_key] (kernels/prior.h) before the window that starts at token `start`, a
+ * multiple of tau, if every chunk was resident: from the windows that end at or before it, and from no other.
+ * Pure, thread-safe. */
+void lsa_observed_masses(float *recent, float *memory, const lsa_observed *o, int64_t start);
 
 #endif

@@ -10,6 +10,7 @@
 #include "kernels/core/num.h"
 #include "kernels/core/hash.h"
 #include "kernels/ops.h"
+#include "trainer/observer.h"
 #include "trainer/reduce.h"
 
 struct lsa_trainer {
@@ -35,6 +36,8 @@ struct lsa_trainer {
     float *zc;     /* continued scores, then their gradient; NULL without a continuation */
     uint8_t *from; /* the distance that won */
     double *row_loss, *norm;
+    float *host_z; /* with a prior: the summed logits */
+    int64_t cap_host_z;
     double *host_loss, *part_loss; /* part_loss [n_part] */
 };
 
@@ -116,6 +119,7 @@ void lsa_trainer_destroy(lsa_trainer *t) {
                  t->dw,     t->du,         t->row_loss, t->zc, t->from,   t->recent, t->memory};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     lsa_free(t->host_loss);
+    lsa_free(t->host_z);
     lsa_free(t->part_loss);
     lsa_reduce_destroy(t->reduce);
     lsa_free(t);
@@ -379,7 +383,18 @@ done:
 static lsa_status add_prior(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
     lsa_status st = LSA_OK;
     const size_t bytes = (size_t)(b->m * b->n) * sizeof(float);
-    if (!b->has_prior) LSA_RET_FAIL(LSA_E_BUG, "a batch without observed masses for a model with a prior");
+    float weight[LSA_PRIOR_WEIGHTS], cost[LSA_MAX_REACH];
+    if (b->m * b->n > t->cap_host_z) {
+        lsa_free(t->host_z);
+        t->host_z = NULL;
+        LSA_TRY(LSA_NEW(t->host_z, b->m * b->n, err));
+        t->cap_host_z = b->m * b->n;
+    }
+    LSA_TRY(lsa_ctx_download(t->ctx, t->host_z, t->z, bytes, err));
+    LSA_TRY(lsa_trainer_prior(t, weight, err));
+    LSA_TRY(lsa_trainer_costs(t, cost, err));
+    LSA_TRY(lsa_observe(NULL, b, &(lsa_observe_args){t->host_z, 1, 0, t->r->budget, weight, cost, t->g.reach},
+                        err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->recent, b->recent, bytes, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, t->memory, b->memory, bytes, err));
     LSA_TRY(lsa_prior_fwd(t->ctx,

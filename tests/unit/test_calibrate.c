@@ -71,28 +71,41 @@ static char *text_of(const lsa_calibration *c) {
 
 /* ---- the slow count ---- */
 
+/* The observed masses of a document as decoding at the recipe's budget sees them. */
+typedef struct history {
+    int64_t doc;
+    double m[HAND_LONGEST], M[HAND_LONGEST], next_m[HAND_LONGEST];
+} history;
 enum { RULES = 3 };
 typedef struct slow {
     lsa_select_rule rule[RULES];
     double kept[RULES][3], all[3]; /* chunks, golden, mass, around the second of two knots */
     int64_t windows;
     bool prior;
+    history seen;
 } slow;
 
-/* What the masses of the windows before the one at `start` add. */
-static double slow_prior(int64_t doc, int64_t start, int64_t c) {
-    double m = 0, M = 0;
-    for (int64_t s = 0; s + 64 <= start; s += 64) {
-        M = s ? 0.9 * M + m : 0;
-        m = hand_mass(doc, s, s + 64, c) / (64 * HAND_LAYERS);
+static double slow_prior(const history *s, int64_t c) {
+    return PRIOR[0] * log1p(s->m[c] / 1e-3) + PRIOR[1] * log1p(s->M[c] / 1e-3);
+}
+static void slow_observe(history *s, int64_t start, const double *score, int64_t n) {
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        int64_t before = 0;
+        for (int64_t j = 0; score && c < n && j < n; j++)
+            before += score[j] > score[c] || (score[j] == score[c] && j < c);
+        const bool seen = !score || c >= n || before < lsa_budget_chunks(0.1, n);
+        s->next_m[c] = seen ? hand_mass(s->doc, start, start + 64, c) / (64 * HAND_LAYERS) : 0;
     }
-    return PRIOR[0] * log1p(m / 1e-3) + PRIOR[1] * log1p(M / 1e-3);
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        s->M[c] = 0.9 * s->M[c] + s->m[c];
+        s->m[c] = s->next_m[c];
+    }
 }
 
-static double slow_score(const lsa_select_rule *r, const lsa_seen *w, int64_t c, bool prior) {
+static double slow_score(const lsa_select_rule *r, const lsa_seen *w, int64_t c, const history *seen) {
     double mean = 0, max = 0, best = -1e9;
     for (int64_t j = 0; j <= r->reach && j <= c; j++) {
-        double z = prior ? slow_prior(w->doc, 4 * w->visible, c - j) : 0;
+        double z = seen ? slow_prior(seen, c - j) : 0;
         for (int l = 0; l < HAND_LAYERS; l++) z += (double)w->z[l * w->stride + c - j];
         best = fmax(best, z - (j ? COST(j) : 0));
     }
@@ -116,6 +129,11 @@ static void slow_window(void *arg, const void *row, const lsa_seen *w) {
     const int64_t start = 4 * w->visible;
     const double f = fmin(1, fmax(0, (log2((double)w->visible) - log2(50)) / log2(3)));
     assert_int_equal(w->n, (start - 64) / 4);
+    if (s->windows == 0 || s->seen.doc != w->doc) { /* before the first window nothing is evicted */
+        memset(&s->seen, 0, sizeof s->seen);
+        s->seen.doc = w->doc;
+        for (int64_t b = 0; b < start; b += 64) slow_observe(&s->seen, b, NULL, 0);
+    }
     s->windows++;
     for (int64_t c = 0; c < w->n; c++) {
         const double x[3] = {1, hand_votes(w->doc, start, start + 64, c, 2) > 0,
@@ -124,10 +142,14 @@ static void slow_window(void *arg, const void *row, const lsa_seen *w) {
         for (int i = 0; i < RULES; i++) {
             const double t =
                 (double)s->rule[i].knot_threshold[0] * (1 - f) + (double)s->rule[i].knot_threshold[1] * f;
-            if (slow_score(&s->rule[i], w, c, s->prior) > t)
+            if (slow_score(&s->rule[i], w, c, s->prior ? &s->seen : NULL) > t)
                 for (int j = 0; j < 3; j++) s->kept[i][j] += f * x[j];
         }
     }
+    double score[HAND_LONGEST];
+    for (int64_t c = 0; s->prior && c < w->n; c++)
+        score[c] = slow_score(&s->rule[LSA_SCORE_SUM], w, c, &s->seen);
+    if (s->prior) slow_observe(&s->seen, start, score, w->n);
 }
 
 static void near_to(const char *what, double a, double b) {
@@ -140,7 +162,8 @@ static double against_slow_count(int32_t reach, bool prior) {
     const int64_t knot[] = {50, 150};
     lsa_calib_point p[RULES * 2];
     int64_t documents[2], windows[2];
-    slow s = {.prior = prior};
+    static slow s;
+    s = (slow){.prior = prior};
     for (int i = 0; i < RULES; i++) {
         lsa_select_rule *r = &s.rule[i];
         r->score = (lsa_score_rule)i;

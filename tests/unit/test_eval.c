@@ -58,14 +58,21 @@ static float sigmoid(float z) {
     return 1.0f / (1.0f + expf(-z));
 }
 
-/* What the masses of the windows before the one at `start` add. */
-static float slow_prior(int64_t doc, int64_t start, int64_t c) {
-    double m = 0, M = 0;
-    for (int64_t s = 0; s + 64 <= start; s += 64) {
-        M = s ? 0.9 * M + m : 0;
-        m = hand_mass(doc, s, s + 64, c) / (64 * HAND_LAYERS);
+/* The observed masses of a document as decoding sees them. */
+typedef struct history {
+    double m[HAND_LONGEST], M[HAND_LONGEST];
+} history;
+static float slow_prior(const history *s, int64_t c) {
+    return (float)((double)PRIOR[0] * log1p(s->m[c] / 1e-3) + (double)PRIOR[1] * log1p(s->M[c] / 1e-3));
+}
+/* The window at `start` ends; score [n]: what ranked its evictable chunks; NULL: nothing was evicted. */
+static void slow_observe(history *s, int64_t doc, int64_t start, const float *score, int64_t n,
+                         double budget) {
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        const bool seen = !score || c >= n || in_top(score, n, lsa_budget_chunks(budget, n), c);
+        s->M[c] = 0.9 * s->M[c] + s->m[c];
+        s->m[c] = seen ? hand_mass(doc, start, start + 64, c) / (64 * HAND_LAYERS) : 0;
     }
-    return (float)((double)PRIOR[0] * log1p(m / 1e-3) + (double)PRIOR[1] * log1p(M / 1e-3));
 }
 
 static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
@@ -78,6 +85,8 @@ static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const l
     assert_int_equal(lsa_batch_document(&b, s, doc, 0, m, g, NULL), LSA_OK);
     assert_int_equal(LSA_NEW(z, HAND_LAYERS * m * b.n, NULL), LSA_OK);
     assert_int_equal(lsa_trainer_score(t, &b, z, NULL), LSA_OK);
+    history seen = {{0}, {0}};
+    for (int64_t w = 0; w < b.start[0]; w += 64) slow_observe(&seen, doc, w, NULL, 0, 0);
     for (int64_t i = 0; i < m; i++) {
         const int64_t n = b.n_cand[i];
         float p[HAND_LONGEST], mean[HAND_LONGEST], max[HAND_LONGEST], sum[HAND_LONGEST], psum[HAND_LONGEST];
@@ -96,7 +105,7 @@ static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const l
         count_window(&joint[1], max, max, doc, b.start[i], n, r);
         if (g->reach || g->prior) count_window(&row[HAND_LAYERS], psum, sum, doc, b.start[i], n, r);
         for (int64_t c = 0; g->prior && c < n; c++) {
-            sum[c] += slow_prior(doc, b.start[i], c);
+            sum[c] += slow_prior(&seen, c);
             psum[c] = sigmoid(sum[c]);
         }
         for (int64_t c = n - 1; g->reach && c >= 0;
@@ -105,6 +114,7 @@ static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const l
             psum[c] = sigmoid(sum[c]);
         }
         count_window(&joint[2], psum, sum, doc, b.start[i], n, r);
+        slow_observe(&seen, doc, b.start[i], sum, n, r->budget);
     }
     lsa_free(z);
     lsa_batch_fini(&b);

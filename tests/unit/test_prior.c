@@ -18,9 +18,11 @@
 #include "kernels/core/rng.h"
 #include "kernels/prior.h"
 #include "tests/testkit/hand_shards.h"
+#include "trainer/observer.h"
 #include "trainer/step.h"
 
 enum { TAU = 64, PLANT_DOC = 1, PLANT = 384 }; /* the window that is planted */
+static int g_stride = TAU;                     /* of the rigs */
 static char g_dir[2][64];                      /* without and with planted masses */
 
 typedef struct rig {
@@ -57,7 +59,7 @@ static void open_rig(rig *x, const char *dir, bool prior, int32_t reach, int bat
                      const char *more) {
     char text[3][48];
     const char *set[] = {"window.tail=64",
-                         "window.stride=64",
+                         "eval.budget=0.2",
                          "sample.val_documents=0",
                          "optim.lr=0.02",
                          "optim.weight_decay=0.3",
@@ -66,12 +68,14 @@ static void open_rig(rig *x, const char *dir, bool prior, int32_t reach, int bat
                          shards ? "data.virtual_shards=2" : "data.virtual_shards=1",
                          text[0],
                          text[1],
+                         text[2],
                          more};
     lsa_err err = {0};
     memset(x, 0, sizeof *x);
     snprintf(text[0], sizeof text[0], "model.continuation=%d", reach);
     snprintf(text[1], sizeof text[1], "train.batch=%d", batch);
-    ok(lsa_recipe_load(&x->r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, more ? 11 : 10, &err), &err);
+    snprintf(text[2], sizeof text[2], "window.stride=%d", g_stride);
+    ok(lsa_recipe_load(&x->r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, more ? 12 : 11, &err), &err);
     ok(lsa_recipe_check(&x->r, &err), &err);
     x->g = (lsa_indexer_geom){.hidden = HAND_HIDDEN,
                               .n_head = 16,
@@ -118,42 +122,102 @@ static lsa_step_result step(rig *x) {
     return out;
 }
 
-/* Features of every window of every document against the truth; some mass in both, or nothing was seen. */
-static void test_features(void **state) {
+/* The state of one document, once more. */
+typedef struct history {
+    double m[HAND_LONGEST / 4], M[HAND_LONGEST / 4];
+} history;
+/* The window at s ends; kept NULL: every chunk was resident, else those from n on and the kept ones. */
+static void slow_window(history *x, int64_t doc, int64_t s, int64_t n, const bool *kept) {
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        x->M[c] = 0.9 * x->M[c] + x->m[c];
+        x->m[c] = !kept || c >= n || kept[c] ? hand_mass(doc, s, s + TAU, c) / (TAU * HAND_LAYERS) : 0;
+    }
+}
+static void check_row(const rig *x, int64_t i, const history *s, int64_t seen[2]) {
+    for (int64_t c = 0; c < x->b.n_cand[i]; c++) {
+        const double mass[] = {s->m[c], s->M[c]};
+        const double got[] = {(double)x->b.recent[i * x->b.n + c], (double)x->b.memory[i * x->b.n + c]};
+        for (int f = 0; f < 2; f++) {
+            const double want = log1p(mass[f] / 1e-3);
+            if (!(fabs(got[f] - want) <= 1e-5 * want) || (want == 0) != (got[f] == 0))
+                fail_msg("document %lld, window %lld, chunk %lld, feature %d: %g, expected %g",
+                         (long long)x->b.doc[i], (long long)x->b.start[i], (long long)c, f, got[f], want);
+            seen[f] += want > 0;
+        }
+    }
+}
+
+/* A window alone in its step begins as after a prompt: all masses of the windows before. */
+static void test_after_prompt(void **state) {
     (void)state;
     rig x;
-    int64_t recent = 0, memory = 0;
-    open_rig(&x, g_dir[0], true, 0, 8, false, NULL);
-    for (int k = 0; k < 6; k++) {
+    int64_t seen[2] = {0};
+    open_rig(&x, g_dir[0], true, 0, 1, false, NULL);
+    for (int k = 0; k < 30; k++) {
+        history s = {{0}, {0}};
         next(&x);
-        for (int64_t i = 0; i < x.b.m; i++)
-            for (int64_t c = 0; c < x.b.n_cand[i]; c++) {
-                const int64_t s = x.b.start[i], doc = x.b.doc[i];
-                double M = 0, m = 0;
-                for (int64_t w = 0; w + TAU <= s; w += TAU) {
-                    M = w ? 0.9 * M + m : 0;
-                    m = hand_mass(doc, w, w + TAU, c) / (TAU * HAND_LAYERS);
-                }
-                const double want[] = {log1p(m / 1e-3), log1p(M / 1e-3)};
-                const double got[] = {(double)x.b.recent[i * x.b.n + c], (double)x.b.memory[i * x.b.n + c]};
-                for (int f = 0; f < 2; f++)
-                    if (!(fabs(got[f] - want[f]) <= 1e-5 * want[f]) || (want[f] == 0) != (got[f] == 0))
-                        fail_msg("document %lld, window %lld, chunk %lld, feature %d: %g, expected %g",
-                                 (long long)doc, (long long)s, (long long)c, f, got[f], want[f]);
-                recent += m > 0, memory += M > 0;
-            }
+        step(&x);
+        for (int64_t w = 0; w + TAU <= x.b.start[0]; w += TAU) slow_window(&s, x.b.doc[0], w, 0, NULL);
+        check_row(&x, 0, &s, seen);
     }
-    assert_true(recent > 1000 && memory > 1000);
+    assert_true(seen[0] > 1000 && seen[1] > 1000);
     close_rig(&x);
 }
 
-/* Batches of the two rigs at the planted window: the same in the features, the loss and every gradient? */
+/* Windows that follow each other in a step: a chunk that the model would have evicted is not observed. The
+ * logits are the trainer's; what is kept is found once more here, ties to the lower chunk. */
+static void test_runs(void **state) {
+    (void)state;
+    rig x;
+    int64_t seen[2] = {0}, followed = 0, hidden = 0;
+    float *z = NULL;
+    open_rig(&x, g_dir[0], true, 0, 8, false, NULL);
+    x.p[x.at] = 0.4f, x.p[x.at + 1] = -0.2f;
+    open_trainer(&x);
+    for (int k = 0; k < 4; k++) {
+        history s = {{0}, {0}};
+        next(&x);
+        const lsa_batch *b = &x.b;
+        assert_int_equal(LSA_NEW(z, HAND_LAYERS * b->m * b->n, NULL), LSA_OK);
+        assert_int_equal(lsa_trainer_score(x.t, b, z, NULL), LSA_OK);
+        step(&x);
+        for (int64_t i = 0; i < b->m; i++) {
+            const bool follows = i && b->doc[i] == b->doc[i - 1] && b->start[i] == b->start[i - 1] + TAU;
+            const int64_t n = b->n_cand[i];
+            double score[HAND_LONGEST / 4];
+            bool kept[HAND_LONGEST / 4] = {false};
+            followed += follows;
+            if (!follows) memset(&s, 0, sizeof s);
+            for (int64_t w = 0; !follows && w + TAU <= b->start[i]; w += TAU)
+                slow_window(&s, b->doc[i], w, 0, NULL);
+            check_row(&x, i, &s, seen);
+            for (int64_t c = 0; c < n; c++) {
+                score[c] = 0.4 * log1p(s.m[c] / 1e-3) - 0.2 * log1p(s.M[c] / 1e-3);
+                for (int l = 0; l < HAND_LAYERS; l++) score[c] += (double)z[(l * b->m + i) * b->n + c];
+            }
+            for (int64_t c = 0; c < n; c++) {
+                int64_t before = 0;
+                for (int64_t j = 0; j < n; j++)
+                    before += score[j] > score[c] || (score[j] == score[c] && j < c);
+                kept[c] = before < (int64_t)ceil(0.2 * (double)n - 1e-9);
+                hidden += !kept[c];
+            }
+            slow_window(&s, b->doc[i], b->start[i], n, kept);
+        }
+        open_trainer(&x); /* the step has moved the weights */
+        lsa_free(z);
+    }
+    assert_true(followed > 10 && hidden > 500 && seen[0] > 500);
+    close_rig(&x);
+}
+
+/* One step of both rigs from the same start: the same in the features, the loss and every gradient? */
 static bool sees_nothing(rig *a, rig *b) {
-    const size_t bytes = (size_t)a->b.n * sizeof(float);
-    const bool same = !memcmp(a->b.recent, b->b.recent, bytes) && !memcmp(a->b.memory, b->b.memory, bytes);
     open_trainer(a), open_trainer(b);
     const lsa_step_result x = step(a), y = step(b);
-    const bool grad = x.loss == y.loss && !memcmp(a->grad, b->grad, (size_t)a->n * sizeof *a->grad);
+    const size_t bytes = (size_t)a->b.n * sizeof(float);
+    const bool same = !memcmp(a->b.recent, b->b.recent, bytes) && !memcmp(a->b.memory, b->b.memory, bytes),
+               grad = x.loss == y.loss && !memcmp(a->grad, b->grad, (size_t)a->n * sizeof *a->grad);
     assert_int_equal(same, grad); /* features and gradient agree on what was seen */
     return same && grad;
 }
@@ -166,17 +230,13 @@ static void test_leak(void **state) {
     int found = 0;
     for (int k = 0; k < 2; k++) open_rig(&x[k], g_dir[k], true, 3, 1, false, "loss.kind=bce");
     for (int i = 0; i < 60; i++) {
-        const lsa_train_doc *d[2];
         for (int k = 0; k < 2; k++) next(&x[k]);
         assert_true(x[0].b.doc[0] == x[1].b.doc[0] && x[0].b.start[0] == x[1].b.start[0]);
         if (x[0].b.doc[0] != PLANT_DOC) continue;
         const int64_t s = x[0].b.start[0];
         assert_int_equal(sees_nothing(&x[0], &x[1]), s <= PLANT);
         if (s != PLANT) continue;
-        for (int k = 0; k < 2; k++) {
-            assert_int_equal(lsa_source_get(&d[k], x[k].s, PLANT_DOC, NULL), LSA_OK);
-            lsa_observed_features(x[k].b.recent, x[k].b.memory, &d[k]->observed, s + TAU, x[k].b.n_cand[0]);
-        }
+        for (int k = 0; k < 2; k++) x[k].b.start[0] += TAU;
         assert_false(sees_nothing(&x[0], &x[1]));
         found++;
     }
@@ -184,7 +244,34 @@ static void test_leak(void **state) {
     for (int k = 0; k < 2; k++) close_rig(&x[k]);
 }
 
-/* Slope of the loss along each weight, alone and before a continuation, whole and by virtual shards. */
+/* The same for windows that follow each other in a step: those up to the planted one see nothing of it. */
+static void test_leak_runs(void **state) {
+    (void)state;
+    rig x[2];
+    int64_t same = 0, differ = 0;
+    for (int k = 0; k < 2; k++) open_rig(&x[k], g_dir[k], true, 3, 8, false, "loss.kind=bce");
+    for (int i = 0; i < 8; i++) {
+        for (int k = 0; k < 2; k++) {
+            next(&x[k]);
+            open_trainer(&x[k]);
+            step(&x[k]);
+        }
+        for (int64_t j = 0; j < x[0].b.m; j++) {
+            const size_t at = (size_t)(j * x[0].b.n), bytes = (size_t)x[0].b.n_cand[j] * sizeof(float);
+            const bool sees = memcmp(x[0].b.recent + at, x[1].b.recent + at, bytes) ||
+                              memcmp(x[0].b.memory + at, x[1].b.memory + at, bytes),
+                       late = x[0].b.doc[j] == PLANT_DOC && x[0].b.start[j] > PLANT;
+            if (!late) assert_false(sees);
+            same += !sees;
+            differ += sees;
+        }
+    }
+    assert_true(same > 20 && differ > 2);
+    for (int k = 0; k < 2; k++) close_rig(&x[k]);
+}
+
+/* Slope of the loss along each weight, alone and before a continuation, whole and by virtual shards. Windows
+ * do not follow each other: what is kept jumps with the weights, which is no slope. */
 static void test_slopes(void **state) {
     (void)state;
     static const char *const loss[] = {"loss.kind=kl", "loss.kind=bce", "loss.kind=focal"};
@@ -192,7 +279,9 @@ static void test_slopes(void **state) {
     for (int k = 0; k < 12; k++) {
         rig x;
         const bool shards = k / 3 % 2;
+        g_stride = 128;
         open_rig(&x, g_dir[0], true, k / 6 ? 5 : 0, 8, shards, loss[k % 3]);
+        g_stride = TAU;
         for (int64_t i = 0; i < lsa_indexer_costs_at(&x.g); i++) x.p[i] *= 0.5f; /* scores of about 2 */
         for (int32_t j = 0; j < x.g.reach; j++) x.p[lsa_indexer_costs_at(&x.g) + j] = 0.3f + 0.21f * (float)j;
         x.p[x.at] = 0.4f, x.p[x.at + 1] = -0.2f;
@@ -288,12 +377,12 @@ static void test_long(void **state) {
     }
     assert_int_equal(lsa_observed_build(&o, &csr, 1, 0, csr.n_row, CHUNKS, TOKENS, NULL), LSA_OK);
     for (int64_t w = 0; w < W; w++) {
-        lsa_observed_features(f[0], f[1], &o, w * TOKENS, CHUNKS);
+        lsa_observed_masses(f[0], f[1], &o, w * TOKENS);
         for (int c = 0; c < CHUNKS; c++) {
-            const double M = (exp((double)f[1][c]) - 1) * 1e-3, d = (double)memory[c] - M;
+            const double d = (double)memory[c] - (double)f[1][c];
             assert_true(d > -1e-5 && d <= 0.0012 / (1 - 0.9));
             left = fmax(left, d);
-            gap = fmax(gap, fabs((double)f[0][c] - (double)lsa_prior_feature(recent[c])));
+            gap = fmax(gap, fabs((double)f[0][c] - (double)recent[c]));
         }
         lsa_prior_end_window(recent, memory, CHUNKS);
         for (int64_t t = w * TOKENS; t < (w + 1) * TOKENS; t++)
@@ -326,6 +415,7 @@ static void test_refuses(void **state) {
     } bad[] = {{"loss.on=layer", "loss.on: sum"},
                {"sample.candidates=sampled", "sample.candidates: all"},
                {"window.stride=16", "window.stride 16 must be a multiple of window.tau 64"},
+               {"sample.exclude_resident=false", "sample.exclude_resident: true"},
                {"train.trace=x", "train.trace"}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         const char *set[] = {"model.prior=true", bad[i].set};
@@ -338,10 +428,11 @@ static void test_refuses(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_leak),   cmocka_unit_test(test_features),
-                                       cmocka_unit_test(test_slopes), cmocka_unit_test(test_nothing_added),
-                                       cmocka_unit_test(test_parts),  cmocka_unit_test(test_long),
-                                       cmocka_unit_test(test_start),  cmocka_unit_test(test_refuses)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_leak),   cmocka_unit_test(test_leak_runs), cmocka_unit_test(test_after_prompt),
+        cmocka_unit_test(test_runs),   cmocka_unit_test(test_slopes),    cmocka_unit_test(test_nothing_added),
+        cmocka_unit_test(test_parts),  cmocka_unit_test(test_long),      cmocka_unit_test(test_start),
+        cmocka_unit_test(test_refuses)};
     for (int k = 1; k >= 0; k--) {
         snprintf(g_dir[k], sizeof g_dir[k], "/tmp/lsa-prior-XXXXXX");
         if (!mkdtemp(g_dir[k])) return 1;
