@@ -408,6 +408,8 @@ static lsa_status load_model(lsa_ckpt *c, lsa_err *err) {
                  (long long)lsa_st_count(s), (long long)n);
     LSA_TRY(load_set(&c->params, s, &c->geom, "", err));
     LSA_TRY(lsa_indexer_costs_check(c->params + lsa_indexer_costs_at(&c->geom), c->geom.reach, path, err));
+    if (c->geom.prior)
+        LSA_TRY(lsa_indexer_prior_check(c->params + lsa_indexer_prior_at(&c->geom), path, err));
 done:
     json_decref(geom);
     lsa_st_close(s);

@@ -17,6 +17,7 @@ lsa_status lsa_geom_to_json(json_t **out, const lsa_indexer_geom *g, lsa_err *er
                   "beta_fast", r->beta_fast, "beta_slow", r->beta_slow, "layers", layers);
     if (!*out) LSA_RET_FAIL(LSA_E_NOMEM, "cannot format the indexer geometry");
     if (g->reach) json_object_set_new(*out, "continuation", json_integer(g->reach));
+    if (g->prior) json_object_set_new(*out, "prior", json_true());
     return LSA_OK;
 }
 
@@ -59,6 +60,7 @@ lsa_status lsa_geom_from_json(lsa_indexer_geom *g, const json_t *o, const char *
     }
     if (json_object_get(o, "continuation"))
         LSA_TRY(get_i32(&g->reach, LSA_MAX_REACH, o, "continuation", where, err));
+    g->prior = json_is_true(json_object_get(o, "prior"));
     if (lsa_indexer_geom_check(g, &inner) != LSA_OK) LSA_FAIL(LSA_E_FORMAT, "%s: %s", where, inner.msg);
 done:
     return st;

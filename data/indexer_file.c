@@ -50,12 +50,23 @@ json_t *lsa_indexer_costs_json(const lsa_indexer_file *f) {
     return json_pack("{s:o}", "b", b);
 }
 
+json_t *lsa_indexer_prior_json(const lsa_indexer_file *f) {
+    if (!f->geom.prior) return NULL;
+    const float *w = f->params + lsa_indexer_prior_at(&f->geom);
+    return json_pack("{s:[f, f], s:f, s:f}", "weights", (double)w[0], (double)w[1], "decay",
+                     (double)LSA_PRIOR_DECAY, "unit", (double)LSA_PRIOR_UNIT);
+}
+
 lsa_status lsa_indexer_meta_make(lsa_indexer_meta *m, const lsa_indexer_file *f, lsa_err *err) {
     lsa_status st = LSA_OK;
-    json_t *part[N_TEXT] = {NULL, NULL, f->train ? json_incref(f->train) : json_object(),
-                            json_incref(f->calibration), lsa_indexer_costs_json(f)};
-    static const char *const key[] = {"lsa.geometry", "lsa.select", "lsa.train", "lsa.calibration",
-                                      "lsa.continuation"};
+    json_t *part[N_TEXT] = {NULL,
+                            NULL,
+                            f->train ? json_incref(f->train) : json_object(),
+                            json_incref(f->calibration),
+                            lsa_indexer_costs_json(f),
+                            lsa_indexer_prior_json(f)};
+    static const char *const key[] = {"lsa.geometry",    "lsa.select",       "lsa.train",
+                                      "lsa.calibration", "lsa.continuation", "lsa.prior"};
     int n = 0;
     memset(m, 0, sizeof *m);
     LSA_TRY(lsa_geom_to_json(&part[0], &f->geom, err));
@@ -64,7 +75,7 @@ lsa_status lsa_indexer_meta_make(lsa_indexer_meta *m, const lsa_indexer_file *f,
     const char *fixed[] = {"format", "pt", "lsa.format", FORMAT, "lsa.dtype", lsa_dtype_name(f->dtype)};
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) m->pair[n++] = fixed[i];
     for (int i = 0; i < N_TEXT; i++) {
-        if (i >= 3 && !part[i]) continue; /* not calibrated, no continuation */
+        if (i >= 3 && !part[i]) continue; /* not calibrated, no continuation, no prior */
         m->text[i] = json_dumps(part[i], JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
         if (!m->text[i]) LSA_FAIL(LSA_E_NOMEM, "cannot format the metadata of the indexer");
         m->pair[n++] = key[i];
@@ -161,11 +172,45 @@ lsa_status lsa_indexer_meta_read(lsa_indexer_file *f, const lsa_tensor_file *s, 
         LSA_FAIL(LSA_E_FORMAT,
                  "'%s': 'lsa.geometry' and 'lsa.continuation' disagree on whether there is a continuation",
                  path);
+    if (!f->geom.prior != !lsa_tensor_file_metadata(s, "lsa.prior"))
+        LSA_FAIL(LSA_E_FORMAT, "'%s': 'lsa.geometry' and 'lsa.prior' disagree on whether there is a prior",
+                 path);
+    if (f->geom.prior && f->ensemble != LSA_ENSEMBLE_SUM)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': a prior belongs to ensemble sum, found %s", path, ensemble);
     if (f->geom.reach && f->ensemble != LSA_ENSEMBLE_SUM)
         LSA_FAIL(LSA_E_FORMAT, "'%s': a continuation belongs to ensemble sum, found %s", path, ensemble);
 done:
     json_decref(geom);
     json_decref(select);
+    return st;
+}
+
+/* The weights of the prior into w; its constants must be ours. */
+static lsa_status read_prior(float w[LSA_PRIOR_WEIGHTS], const lsa_tensor_file *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    json_t *o = NULL, *weights;
+    const char *path = lsa_tensor_file_path(s);
+    double decay, unit;
+    LSA_TRY(read_meta(&o, s, "lsa.prior", err));
+    LSA_TRY(lsa_json_array(&weights, o, "weights", path, err));
+    LSA_TRY(lsa_json_f64(&decay, o, "decay", path, err));
+    LSA_TRY(lsa_json_f64(&unit, o, "unit", path, err));
+    if (json_array_size(weights) != LSA_PRIOR_WEIGHTS)
+        LSA_FAIL(LSA_E_FORMAT, "'%s': 'lsa.prior' has %zu weights, expected %d", path,
+                 json_array_size(weights), LSA_PRIOR_WEIGHTS);
+    if ((float)decay != LSA_PRIOR_DECAY || (float)unit != LSA_PRIOR_UNIT)
+        LSA_FAIL(
+            LSA_E_FORMAT,
+            "'%s': 'lsa.prior' was trained with decay %g and unit %g, this program applies %g and %g: use "
+            "the version of lsa that wrote it",
+            path, decay, unit, (double)LSA_PRIOR_DECAY, (double)LSA_PRIOR_UNIT);
+    for (int k = 0; k < LSA_PRIOR_WEIGHTS; k++) {
+        const json_t *v = json_array_get(weights, (size_t)k);
+        w[k] = json_is_number(v) ? (float)json_number_value(v) : NAN;
+    }
+    LSA_TRY(lsa_indexer_prior_check(w, path, err));
+done:
+    json_decref(o);
     return st;
 }
 
@@ -175,6 +220,7 @@ lsa_status lsa_indexer_params_new(lsa_indexer_file *f, const lsa_tensor_file *s,
     const char *path = lsa_tensor_file_path(s);
     float *cost;
     LSA_TRY(LSA_NEW(f->params, lsa_indexer_n_param(&f->geom), err));
+    if (f->geom.prior) LSA_TRY(read_prior(f->params + lsa_indexer_prior_at(&f->geom), s, err));
     if (!f->geom.reach) goto done;
     LSA_TRY(read_meta(&o, s, "lsa.continuation", err));
     LSA_TRY(lsa_json_array(&b, o, "b", path, err));

@@ -5,7 +5,8 @@
  * scales (data/weights.h) and string metadata: format=pt, lsa.format=lsa-indexer/1, lsa.dtype, lsa.geometry
  * (JSON), lsa.select (JSON: ensemble sum|mean|max, tau, tail, threshold), lsa.train (JSON: step, recipe hash,
  * data hash, teacher name+hash, max trained position), lsa.calibration (JSON) once calibrated, and
- * lsa.continuation (JSON: the costs b) if the sum has a continuation (kernels/continuation.h).
+ * lsa.continuation (JSON: the costs b) if the sum has a continuation (kernels/continuation.h) and lsa.prior
+ * (JSON: weights, decay, unit) if observed mass is added to it (kernels/prior.h).
  */
 #ifndef LSA_DATA_INDEXER_FILE_H
 #define LSA_DATA_INDEXER_FILE_H
@@ -46,18 +47,21 @@ LSA_NODISCARD lsa_status lsa_indexer_file_emit(lsa_sink *to, const lsa_indexer_f
 
 /* {"b": [b_1 .. b_reach]}, a new reference; NULL: no continuation. */
 json_t *lsa_indexer_costs_json(const lsa_indexer_file *f);
+/* {"weights": [w_1, w_2], "decay", "unit"}, a new reference; NULL: no prior. */
+json_t *lsa_indexer_prior_json(const lsa_indexer_file *f);
 
 /* The string metadata: pair = {key, value, ..., NULL} as lsa_st_save takes it. */
 typedef struct lsa_indexer_meta {
-    const char *pair[18];
-    char *text[5]; /* owned */
+    const char *pair[20];
+    char *text[6]; /* owned */
 } lsa_indexer_meta;
 LSA_NODISCARD lsa_status lsa_indexer_meta_make(lsa_indexer_meta *m, const lsa_indexer_file *f, lsa_err *err);
 void lsa_indexer_meta_fini(lsa_indexer_meta *m);
 /* Everything of *f but params from the metadata of `from`, which must have lsa.format. */
 LSA_NODISCARD lsa_status lsa_indexer_meta_read(lsa_indexer_file *f, const lsa_tensor_file *from,
                                                lsa_err *err);
-/* Memory for f->params, the layers' still zero; the costs of the continuation from the metadata of `from`. */
+/* Memory for f->params, the layers' still zero; the costs of the continuation and the weights of
+ * the prior from the metadata of `from`. */
 LSA_NODISCARD lsa_status lsa_indexer_params_new(lsa_indexer_file *f, const lsa_tensor_file *from,
                                                 lsa_err *err);
 

@@ -42,7 +42,10 @@ static void facts(page *p, const lsa_indexer_file *f) {
     for (int32_t l = 0; l < g->n_layer; l++)
         say(p, " %d = %d%s", g->ord[l].v, g->id[l].v, l + 1 < g->n_layer ? "," : "");
     say(p, " |\n| score | %s |\n| window, always-resident tail | %lld, %lld tokens |\n",
-        g->reach                           ? "sum of the layers' logits, continued (see Continuation)"
+        g->reach && g->prior
+            ? "sum of the layers' logits, observed mass added (see Observed mass), continued (see Continuation)"
+        : g->reach ? "sum of the layers' logits, continued (see Continuation)"
+        : g->prior ? "sum of the layers' logits, observed mass added (see Observed mass)"
         : f->ensemble == LSA_ENSEMBLE_SUM  ? "sum of the layers' logits"
         : f->ensemble == LSA_ENSEMBLE_MEAN ? "mean of the layers' sigmoids"
                                            : "maximum of the layers' sigmoids",
@@ -84,14 +87,14 @@ static void continuation(page *p, const lsa_indexer_file *f, const json_t *eval)
     const double with = captured(eval, "sum"), without = captured(eval, "plain");
     if (!f->geom.reach) return;
     say(p,
-        "## Continuation\n\nTrained with one: the score that ranks chunk c is z'(c) = max over j = 0 .. %d of z(c - j) - b_j, where z is the sum of the layers' logits, b_0 = 0, "
+        "## Continuation\n\nTrained with one: the score that ranks chunk c is z'(c) = max over j = 0 .. %d of z(c - j) - b_j, where z is the sum of the layers' logits%s, b_0 = 0, "
         "chunks before the first do not exist, and the costs b (`lsa.continuation` in the metadata, fp32) are\n\n```\n",
-        f->geom.reach);
+        f->geom.reach, f->geom.prior ? ", observed mass added," : "");
     for (int32_t j = 0; j < f->geom.reach; j++)
         say(p, "%.6g%s", (double)b[j], j + 1 < f->geom.reach ? " " : "\n");
     say(p,
         "```\n\n`liblsa_indexer` applies it. The weights load in a server that knows nothing of it, which then ranks by z alone");
-    if (isfinite(with) && isfinite(without))
+    if (isfinite(with) && isfinite(without) && !f->geom.prior) /* with one, `plain` lacks both */
         say(p,
             " and loses: of the held-out attention mass, 10 %% of the chunks hold %.4f with the continuation, %.4f without",
             with, without);
@@ -100,10 +103,31 @@ static void continuation(page *p, const lsa_indexer_file *f, const json_t *eval)
         "For a server that cannot apply it, train without one.\n\n");
 }
 
-static void evaluation(page *p, const json_t *eval) {
+static void prior(page *p, const lsa_indexer_file *f, const json_t *eval) {
+    const float *w = f->params + lsa_indexer_prior_at(&f->geom);
+    const double with = captured(eval, "sum"), without = captured(eval, "plain");
+    if (!f->geom.prior) return;
+    say(p,
+        "## Observed mass\n\nTrained with a prior: to the sum of the layers' logits of chunk c, w_1 ln(1 + m(c) / u) + w_2 ln(1 + M(c) / u) is added, w_1 = %.6g, w_2 = %.6g, "
+        "u = %g (`lsa.prior` in the metadata, fp32). m(c) is the attention mass that the native top-k attention gave chunk c in the window just decoded: the "
+        "mean over all CSA layers, heads and tokens of the window, a chunk that was not resident having none. M is a memory: when a window ends, M becomes %g M + m, then m the "
+        "ended window's. After a prompt they are those of the prompt's windows under full attention, cut at multiples of %lld tokens.\n\n"
+        "`liblsa_indexer` keeps m and M for a request that reports its masses. The weights load in a server that reports none, which then ranks without",
+        (double)w[0], (double)w[1], (double)LSA_PRIOR_UNIT, (double)LSA_PRIOR_DECAY, (long long)f->tau);
+    if (isfinite(with) && isfinite(without))
+        say(p,
+            " and loses: of the held-out attention mass, 10 %% of the chunks hold %.4f as trained, %.4f %s",
+            with, without, f->geom.reach ? "with neither this nor the continuation" : "without");
+    say(p, ". For a server that cannot report masses, train without one.\n\n");
+}
+
+static void evaluation(page *p, const json_t *eval, const lsa_indexer_geom *g) {
     static const char *const key[] = {"sum", "plain", "mean", "max"};
-    static const char *const name[] = {"sum of logits", "sum without the continuation", "mean of sigmoids",
-                                       "maximum of sigmoids"};
+    const char *const name[] = {"sum of logits",
+                                g->reach && g->prior ? "sum of the logits alone"
+                                : g->prior           ? "sum without the observed mass"
+                                                     : "sum without the continuation",
+                                "mean of sigmoids", "maximum of sigmoids"};
     static const char *const column[] = {"precision",     "recall",       "f1",
                                          "kept",          "recall_at_k",  "captured_0.05",
                                          "captured_0.10", "captured_0.20"};
@@ -183,9 +207,10 @@ lsa_status lsa_card_text(char **out, const lsa_indexer_file *f, lsa_err *err) {
         (long long)f->tau, lsa_version());
     facts(&p, f);
     lsa_card_serving(&p, f, c);
+    prior(&p, f, eval);
     continuation(&p, f, eval);
     if (c) lsa_card_calibration(&p, f, c);
-    if (eval) evaluation(&p, eval);
+    if (eval) evaluation(&p, eval, &f->geom);
     conventions(&p, &f->geom);
     limits(&p, f, c);
     if (r) recipe(&p, r);

@@ -44,10 +44,11 @@ static void reference_server(page *p, const lsa_indexer_file *f, const lsa_calib
             "The weights of this file are scaled so that the values below make that rule, at a context of %lld tokens, keep exactly the chunks of the calibrated "
             "maximum for a budget of %.4g %%.\n\n",
             (long long)c->fold.chunks * LSA_CHUNK, 100 * c->fold.budget);
-    else if (f->geom.reach)
+    else if (f->geom.reach || f->geom.prior)
         say(p,
-            "**This file was not made for it**: it has neither the sum nor the continuation, and `lsa-export "
-            "calibrate --fold` refuses. With the values below it keeps whatever it happens to keep.\n\n");
+            "**This file was not made for it**: it has neither the sum nor %s, and `lsa-export "
+            "calibrate --fold` refuses. With the values below it keeps whatever it happens to keep.\n\n",
+            f->geom.reach ? "the continuation" : "the observed mass");
     else
         say(p,
             "**This file was not made for it**: with the values below the share it keeps is whatever it happens to be. `lsa-export calibrate --fold BUDGET` makes "
@@ -84,7 +85,10 @@ void lsa_card_serving(page *p, const lsa_indexer_file *f, const lsa_calibration 
         "## How to serve it\n\nEvery %lld tokens, score all chunks but the newest %lld tokens' from the hidden vectors of the token before, and keep some of them until the "
         "next time. A chunk's score is %s. ",
         (long long)f->tau, (long long)f->tail,
-        f->geom.reach                      ? "the sum of the layers' logits, continued (see Continuation)"
+        f->geom.reach && f->geom.prior
+            ? "the sum of the layers' logits, observed mass added (see Observed mass), continued (see Continuation)"
+        : f->geom.reach ? "the sum of the layers' logits, continued (see Continuation)"
+        : f->geom.prior ? "the sum of the layers' logits, observed mass added (see Observed mass)"
         : f->ensemble == LSA_ENSEMBLE_SUM  ? "the sum of the layers' logits"
         : f->ensemble == LSA_ENSEMBLE_MEAN ? "the mean of the layers' sigmoids"
                                            : "the maximum of the layers' sigmoids");

@@ -88,10 +88,11 @@ lsa_status lsa_gguf_emit(lsa_sink *to, const lsa_indexer_file *f, lsa_err *err) 
     const lsa_dtype dtype = f->dtype == LSA_F32 ? LSA_F32 : LSA_BF16;
     lsa_tensor_out *t = NULL;
     int32_t ord[LSA_MAX_CSA], id[LSA_MAX_CSA];
-    json_t *costs = lsa_indexer_costs_json(f);
+    json_t *costs = lsa_indexer_costs_json(f), *weights = lsa_indexer_prior_json(f);
     char *train = json_dumps(f->train, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17)),
          *calibration = json_dumps(f->calibration, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17)),
-         *continuation = json_dumps(costs, JSON_COMPACT | JSON_REAL_PRECISION(17)), name[96];
+         *continuation = json_dumps(costs, JSON_COMPACT | JSON_REAL_PRECISION(17)),
+         *prior = json_dumps(weights, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17)), name[96];
     const char *teacher = json_string_value(json_object_get(f->train, "teacher"));
     int64_t n = 0, n_kv = 0;
     for (int32_t l = 0; l < g->n_layer; l++) ord[l] = g->ord[l].v, id[l] = g->id[l].v;
@@ -134,6 +135,7 @@ lsa_status lsa_gguf_emit(lsa_sink *to, const lsa_indexer_file *f, lsa_err *err) 
         {.key = "memidx.train", T_STRING, .s = train ? train : "{}"},
         {.key = "memidx.calibration", T_STRING, .s = calibration},
         {.key = "memidx.continuation", T_STRING, .s = continuation},
+        {.key = "memidx.prior", T_STRING, .s = prior},
     };
     const int64_t n_all = (int64_t)(sizeof all / sizeof *all);
     for (int64_t i = 0; i < n_all; i++) n_kv += in_file(&all[i]);
@@ -154,7 +156,9 @@ done:
     free(train);
     free(calibration);
     free(continuation);
+    free(prior);
     json_decref(costs);
+    json_decref(weights);
     lsa_free(t);
     return st;
 }

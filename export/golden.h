@@ -23,7 +23,8 @@ typedef struct lsa_golden { /* host, owned; layers by joint index */
     uint8_t *key[LSA_MAX_CSA];  /* [KEYS, 132] */
     lsa_stages at[LSA_MAX_CSA]; /* all stages */
     lsa_gold_selection pick[LSA_QUERY_PATHS];
-    float continued[LSA_QUERY_PATHS][LSA_GOLD_M * LSA_GOLD_KEYS]; /* of the score, with a continuation */
+    float continued[LSA_QUERY_PATHS][LSA_GOLD_M * LSA_GOLD_KEYS]; /* of the score (no mass observed), with a
+                                                                   continuation */
     float threshold;
 } lsa_golden;
 

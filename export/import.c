@@ -221,12 +221,20 @@ static lsa_status import_exported(import *im, const lsa_tensor_file *file, schem
         while (all.ord[k].v != g->ord[l].v) k++;
         g->id[l] = all.id[k];
     }
-    if (g->n_layer != all.n_layer && (im->f.calibration || g->reach)) {
-        snprintf(im->note, im->note_bytes, "the %s made for all %d layers and left out",
-                 !g->reach            ? "calibration was"
-                 : !im->f.calibration ? "continuation was"
-                                      : "calibration and the continuation were",
-                 all.n_layer);
+    if (g->n_layer != all.n_layer && (im->f.calibration || g->reach || g->prior)) {
+        const char *const left[] = {im->f.calibration ? "calibration" : NULL,
+                                    g->reach ? "continuation" : NULL,
+                                    g->prior ? "observed-mass prior" : NULL};
+        char what[80] = "";
+        int n = 0;
+        for (int i = 0; i < 3; i++) {
+            if (!left[i]) continue;
+            const size_t at = strlen(what);
+            snprintf(what + at, sizeof what - at, "%s%s", n++ ? " and the " : "", left[i]);
+        }
+        snprintf(im->note, im->note_bytes, "the %s %s made for all %d layers and left out", what,
+                 n > 1 ? "were" : "was", all.n_layer);
+        g->prior = false;
         json_decref(im->f.calibration);
         im->f.calibration = NULL;
         g->reach = 0;

@@ -83,6 +83,7 @@ static lsa_status emit_layer(lsa_sink *to, const lsa_indexer_file *f, const lsa_
     one.params = f->params + lsa_indexer_tensor_at(&f->geom, layer, LSA_WQ_A).offset;
     one.geom.n_layer = 1;
     one.geom.reach = 0;
+    one.geom.prior = false;
     one.geom.ord[0] = f->geom.ord[layer];
     one.geom.id[0] = f->geom.id[layer];
     one.calibration = NULL;

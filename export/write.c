@@ -68,6 +68,11 @@ lsa_status lsa_export_write(const char *ckpt, const char *out, const lsa_export_
             "'%s' was trained with a continuation, which belongs to the sum of the logits: --ensemble %s "
             "would leave it out; export the sum",
             c.dir, lsa_ensemble_name(f.ensemble));
+    if (c.geom.prior && f.ensemble != LSA_ENSEMBLE_SUM)
+        LSA_FAIL(LSA_E_CONFIG,
+                 "'%s' was trained with an observed-mass prior, which belongs to the sum of the logits: "
+                 "--ensemble %s would leave it out; export the sum",
+                 c.dir, lsa_ensemble_name(f.ensemble));
     if (rule->threshold) f.threshold = *rule->threshold;
     if (rule->dtype) {
         if (*rule->dtype != f.dtype) f.calibration = NULL; /* measured on other weights */

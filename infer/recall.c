@@ -14,6 +14,7 @@
 #include "kernels/cpu/topk.h"
 #include "kernels/continuation.h"
 #include "kernels/ops.h"
+#include "kernels/prior.h"
 
 struct lsa_recall {
     const lsa_indexer_file *f;
@@ -22,6 +23,12 @@ struct lsa_recall {
     uint8_t *key[LSA_MAX_CSA];
     float freq[64], *x, *z;
     lsa_indexer_act act;
+    /* with a prior: masses of chunks, and a ring of what tokens read, at position % pending */
+    float *recent, *memory, *prior; /* [max_chunk] */
+    int32_t n_csa;
+    int64_t pending, window, room; /* window: first token that is in none yet; room: entries of a token */
+    int32_t *sel, *n_sel;          /* [n_csa, pending, room], [n_csa, pending] */
+    float *mass;
 };
 
 lsa_status lsa_recall_check(const lsa_indexer_file *f, const lsa_teacher_config *c, lsa_err *err) {
@@ -44,8 +51,23 @@ lsa_status lsa_recall_check(const lsa_indexer_file *f, const lsa_teacher_config 
     return LSA_OK;
 }
 
+static lsa_status make_observed(lsa_recall *r, const lsa_teacher_config *c, int64_t pending, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    r->n_csa = c->n_csa;
+    r->pending = pending;
+    r->room = lsa_min_i64(c->index_topk, r->max_chunk);
+    LSA_TRY(LSA_NEW(r->recent, r->max_chunk, err));
+    LSA_TRY(LSA_NEW(r->memory, r->max_chunk, err));
+    LSA_TRY(LSA_NEW(r->prior, r->max_chunk, err));
+    LSA_TRY(LSA_NEW(r->sel, r->n_csa * pending * r->room, err));
+    LSA_TRY(LSA_NEW(r->mass, r->n_csa * pending * r->room, err));
+    LSA_TRY(LSA_NEW(r->n_sel, r->n_csa * pending, err));
+done:
+    return st;
+}
+
 lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *f, const lsa_engine *e,
-                             int64_t max_chunk, lsa_err *err) {
+                             int64_t max_chunk, int64_t pending, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_recall *r = NULL;
     const lsa_indexer_geom *g = &f->geom;
@@ -64,6 +86,7 @@ lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *f, const 
     LSA_TRY(LSA_NEW(r->act.u, g->rank, err));
     LSA_TRY(LSA_NEW(r->act.q, g->n_head * 128, err));
     LSA_TRY(LSA_NEW(r->act.w, g->n_head, err));
+    if (g->prior) LSA_TRY(make_observed(r, lsa_engine_config(e), pending, err));
     *out = r;
     r = NULL;
 done:
@@ -74,7 +97,8 @@ done:
 void lsa_recall_destroy(lsa_recall *r) {
     if (!r) return;
     for (int32_t l = 0; l < LSA_MAX_CSA; l++) lsa_free(r->key[l]);
-    void *p[] = {r->x, r->z, r->act.a, r->act.rstd, r->act.u, r->act.q, r->act.w};
+    void *p[] = {r->x,      r->z,      r->act.a, r->act.rstd, r->act.u, r->act.q, r->act.w,
+                 r->recent, r->memory, r->prior, r->sel,      r->mass,  r->n_sel};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     lsa_ctx_destroy(r->ctx);
     lsa_free(r);
@@ -82,6 +106,34 @@ void lsa_recall_destroy(lsa_recall *r) {
 
 void lsa_recall_reset(lsa_recall *r) {
     r->n_key = 0;
+    r->window = 0;
+    if (!r->recent) return;
+    memset(r->recent, 0, (size_t)r->max_chunk * sizeof *r->recent);
+    memset(r->memory, 0, (size_t)r->max_chunk * sizeof *r->memory);
+}
+
+void lsa_recall_observe(lsa_recall *r, const lsa_tap_csa *t) {
+    if (!r->recent) return;
+    const int64_t at = t->ord.v * r->pending + t->position % r->pending, n = lsa_min_i64(t->n_sel, r->room);
+    r->n_sel[at] = (int32_t)n;
+    if (n == 0) return;
+    memcpy(r->sel + at * r->room, t->sel, (size_t)n * sizeof *r->sel);
+    memcpy(r->mass + at * r->room, t->mass, (size_t)n * sizeof *r->mass);
+}
+
+/* NUMERIC: added layer by layer in the order of the tokens, whatever threads observed them. */
+void lsa_recall_end_window(lsa_recall *r, int64_t n) {
+    if (!r->recent || n < 1) return;
+    lsa_prior_end_window(r->recent, r->memory, r->max_chunk);
+    for (int64_t l = 0; l < r->n_csa; l++)
+        for (int64_t t = r->window; t < r->window + n; t++) {
+            const int64_t at = l * r->pending + t % r->pending;
+            for (int64_t i = at * r->room; i < at * r->room + r->n_sel[at]; i++)
+                r->recent[r->sel[i]] += r->mass[i];
+        }
+    const float tokens = (float)r->n_csa * (float)n;
+    for (int64_t c = 0; c < r->max_chunk; c++) r->recent[c] /= tokens;
+    r->window += n;
 }
 
 lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n, lsa_err *err) {
@@ -117,6 +169,10 @@ lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, i
                 break;
             }
         }
+    }
+    if (g->prior) {
+        lsa_prior_values(r->prior, r->recent, r->memory, r->f->params + lsa_indexer_prior_at(g), n);
+        for (int64_t i = 0; i < n; i++) score[i] += r->prior[i];
     }
     if (g->reach) lsa_continue(score, NULL, score, n, r->f->params + lsa_indexer_costs_at(g), g->reach);
     r->n_key = lsa_max_i64(r->n_key, n);

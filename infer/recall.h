@@ -16,14 +16,24 @@ typedef struct lsa_recall lsa_recall;
 LSA_NODISCARD lsa_status lsa_recall_check(const lsa_indexer_file *file, const lsa_teacher_config *c,
                                           lsa_err *err);
 
-/* file is borrowed. max_chunk: chunks the session may reach. Checks as above. */
+/* file is borrowed. max_chunk: chunks the session may reach; pending: tokens that may be processed before
+ * their windows end (lsa_recall_end_window). Checks as above. */
 LSA_NODISCARD lsa_status lsa_recall_create(lsa_recall **out, const lsa_indexer_file *file,
-                                           const lsa_engine *e, int64_t max_chunk, lsa_err *err);
+                                           const lsa_engine *e, int64_t max_chunk, int64_t pending,
+                                           lsa_err *err);
 void lsa_recall_destroy(lsa_recall *r);
 void lsa_recall_reset(lsa_recall *r); /* with the session */
 
-/* score[n]: ensemble score (continued, if the indexer says so) of chunks 0..n-1 for the window that starts at
- * the session's position; n <= position/4. */
+/* What level 2 read, for an indexer with an observed-mass prior (kernels/prior.h; otherwise both do nothing).
+ * observe is for the tap of CSA layers (lsa_taps) and may run on several worker threads. end_window: the
+ * oldest n tokens not yet in a window were one, of any length: the state moves on. Decoding ends a window
+ * wherever it decides anew. A prompt has windows too: cut at multiples of tau, the last one shorter, with
+ * what the prefill attended to; so that the first decision after it already knows what was in use. */
+void lsa_recall_observe(lsa_recall *r, const lsa_tap_csa *t);
+void lsa_recall_end_window(lsa_recall *r, int64_t n);
+
+/* score[n]: ensemble score (observed mass added and continued, if the indexer says so) of chunks 0..n-1 for
+ * the window that starts at the session's position; n <= position/4. */
 LSA_NODISCARD lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n,
                                           lsa_err *err);
 

@@ -3,7 +3,7 @@
  * are added in document order, so neither the group's size nor the number of threads changes a result.
  *
  * The mistake that would stay silent: letting a policy see the window it is judged on. Only `oracle` may; the
- * memory indexer reads its own run up to token s-1. */
+ * memory indexer reads its own run up to token s-1, and its prior the masses of that run. */
 #include "infer/validate.h"
 
 #include <math.h>
@@ -144,12 +144,17 @@ done:
     return st;
 }
 
-/* Misses of a session, added up by its worker threads. */
-static void on_miss(void *user, const lsa_tap_csa *t) {
-    int64_t *n = user;
+/* What a session's worker threads say: misses, added up, and masses, for the next decisions. */
+typedef struct watch {
+    int64_t *misses;
+    lsa_recall *recall; /* NULL: no memory indexer */
+} watch;
+static void on_csa(void *user, const lsa_tap_csa *t) {
+    const watch *w = user;
+    if (w->recall) lsa_recall_observe(w->recall, t);
     if (t->n_miss == 0) return;
 #pragma omp atomic
-    *n += t->n_miss;
+    *w->misses += t->n_miss;
 }
 
 static lsa_status run_windows(job *j, shared *sh, lsa_session *session, lsa_recall *recall, scratch *w,
@@ -159,7 +164,8 @@ static lsa_status run_windows(job *j, shared *sh, lsa_session *session, lsa_reca
     const lsa_full_run *f = j->f;
     const int64_t n_token = f->doc->n_token, row_bytes = lsa_server_row_bytes(f->c) * f->c->n_csa;
     const bool evicts = lsa_policy_evicts(j->r.policy);
-    const lsa_taps taps = {.user = &j->r.misses, .csa = evicts ? on_miss : NULL};
+    watch seen = {&j->r.misses, recall};
+    const lsa_taps taps = {.user = &seen, .csa = evicts ? on_csa : NULL};
     int64_t drawn = -1;
     for (int64_t s = 0; s < n_token; s += o->tau) {
         const int64_t n = lsa_min_i64(o->tau, n_token - s), ev = evicts ? lsa_evictable(s, o->tail) : 0;
@@ -174,6 +180,7 @@ static lsa_status run_windows(job *j, shared *sh, lsa_session *session, lsa_reca
         j->r.gpu_bytes += (double)((s / LSA_CHUNK - ev + kept) * row_bytes);
         lsa_session_set_resident(session, ev > 0 ? w->kept : NULL, ev);
         LSA_TRY(lsa_session_forward(session, f->doc->token + s, n, w->logits, false, &taps, err));
+        if (recall) lsa_recall_end_window(recall, n);
         lsa_count_logits(&j->r, f, w->logits, s, n);
         j->r.windows++;
         report_tokens(sh, n);
@@ -191,7 +198,7 @@ static lsa_status run_job(job *j, shared *sh, lsa_err *err) {
     const lsa_session_opts so = {
         .max_tokens = n_token, .chunk = sh->o->tau, .attend_all = j->r.policy == LSA_POLICY_DENSE};
     LSA_TRY(lsa_session_create(&session, sh->e, &so, err));
-    if (j->indexer) LSA_TRY(lsa_recall_create(&recall, j->indexer, sh->e, chunks, err));
+    if (j->indexer) LSA_TRY(lsa_recall_create(&recall, j->indexer, sh->e, chunks, sh->o->tau, err));
     LSA_TRY(scratch_make(&w, chunks, lsa_min_i64(sh->o->tau, n_token) * j->f->c->vocab, err));
     LSA_TRY(run_windows(j, sh, session, recall, &w, err));
 done:

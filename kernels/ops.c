@@ -66,6 +66,17 @@ static lsa_status check_indexer_score_bwd(const lsa_indexer_score_bwd_args *a, l
     return check_score(a->m, a->n_head, a->d, a->n, a->n_key, a->keys && a->key_base && a->dz,
                        a->q && a->w && a->n_cand && a->dq && a->dw, err);
 }
+static lsa_status check_prior_fwd(const lsa_prior_fwd_args *a, lsa_err *err) {
+    NEED(fits(a->m, a->n, 1), "sizes must not be negative or overflow");
+    NEED(a->m == 0 || a->n == 0 || (a->recent && a->memory && a->weight && a->n_cand && a->z), "NULL tensor");
+    return LSA_OK;
+}
+static lsa_status check_prior_bwd(const lsa_prior_bwd_args *a, lsa_err *err) {
+    NEED(fits(a->m, a->n, 1), "sizes must not be negative or overflow");
+    NEED(a->dweight && (a->m == 0 || a->n == 0 || (a->recent && a->memory && a->dz && a->n_cand)),
+         "NULL tensor");
+    return LSA_OK;
+}
 static lsa_status check_continuation_fwd(const lsa_continuation_fwd_args *a, lsa_err *err) {
     NEED(fits(a->m, a->n, 1) && a->n <= INT32_MAX, "sizes must not be negative, n must fit 31 bits");
     NEED(a->reach >= 1 && a->reach <= LSA_MAX_REACH, "reach must be in [1, 64]");

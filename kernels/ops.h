@@ -87,6 +87,25 @@ typedef struct lsa_indexer_score_bwd_args {
     float *dw;       /* [m, n_head] */
 } lsa_indexer_score_bwd_args;
 
+/* Observed-mass prior: z[i,c] += fma(weight[0], recent[i,c], weight[1] * memory[i,c]) for c < n_cand[i], with
+ * features recent and memory (kernels/prior.h). f32 in this order, so every backend gives the same bits. */
+typedef struct lsa_prior_fwd_args {
+    int64_t m, n;
+    const float *recent, *memory; /* [m, n] */
+    const float *weight;          /* [LSA_PRIOR_WEIGHTS] */
+    const int32_t *n_cand;
+    float *z; /* [m, n] */
+} lsa_prior_fwd_args;
+
+/* dweight = sums over i and c < n_cand[i] of dz[i,c] times each feature, in double, rows in order (set, also
+ * for m = 0). */
+typedef struct lsa_prior_bwd_args {
+    int64_t m, n;
+    const float *recent, *memory, *dz; /* [m, n] */
+    const int32_t *n_cand;
+    float *dweight; /* [LSA_PRIOR_WEIGHTS] */
+} lsa_prior_bwd_args;
+
 /* Continuation of scores along neighbouring chunks: out[i,c] = max over 0 <= j <= min(reach, c) of z[i,c-j] -
  * b[j], b[0] = 0, for c < n_cand[i]. f32, one subtraction an element, so every backend gives the same bits.
  * from[i,c] = the j that won, the smallest of equal ones. A NaN stays where it is and is not lent. Columns c

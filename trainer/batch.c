@@ -17,8 +17,8 @@ void lsa_batch_fini(lsa_batch *b) {
         lsa_free(b->x[l]);
         lsa_free(b->key[l]);
     }
-    void *p[] = {b->position, b->key_base, b->n_cand, b->cand,       b->y,
-                 b->weight,   b->doc,      b->start,  b->row_weight, b->shard};
+    void *p[] = {b->position, b->key_base,   b->n_cand, b->cand,   b->y,      b->weight,  b->doc,
+                 b->start,    b->row_weight, b->shard,  b->recent, b->memory, b->observed};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     memset(b, 0, sizeof *b);
 }
@@ -41,6 +41,9 @@ static lsa_status room_rows(lsa_batch *b, int64_t m, const lsa_indexer_geom *g, 
     ROOM(b->doc, m);
     ROOM(b->row_weight, m);
     ROOM(b->start, m);
+    lsa_free(b->observed);
+    b->observed = NULL;
+    LSA_TRY(lsa_alloc_((void **)&b->observed, m, sizeof *b->observed, "batch", err));
     b->cap_m = m;
 done:
     return st;
@@ -55,6 +58,16 @@ static lsa_status room_elems(lsa_batch *b, int64_t mn, bool cand, bool labels, l
     }
     if (cand) ROOM(b->cand, mn);
     b->cap_mn = mn;
+done:
+    return st;
+}
+
+static lsa_status room_prior(lsa_batch *b, int64_t mn, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (mn <= b->cap_prior) return LSA_OK;
+    ROOM(b->recent, mn);
+    ROOM(b->memory, mn);
+    b->cap_prior = mn;
 done:
     return st;
 }
@@ -253,6 +266,9 @@ lsa_status lsa_batch_next(lsa_batch *b, lsa_source *s, lsa_order *o, const lsa_r
                : widest;
     LSA_TRY(fill_keys(b, doc, m, g, err));
     LSA_TRY(room_elems(b, m * b->n, sampled, true, err));
+    b->has_prior = g->prior;
+    if (g->prior) LSA_TRY(room_prior(b, m * b->n, err));
+    for (int64_t i = 0; i < m && g->prior; i++) b->observed[i] = &doc[i]->observed;
     bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t i = 0; i < m; i++) {
@@ -326,6 +342,9 @@ lsa_status lsa_batch_document(lsa_batch *b, lsa_source *s, int64_t doc, int64_t 
         b->key_base[i] = 0;
         b->n = lsa_max_i64(b->n, w.n_cand);
     }
+    b->has_prior = g->prior;
+    if (g->prior) LSA_TRY(room_prior(b, m * b->n, err));
+    for (int64_t i = 0; i < m && g->prior; i++) b->observed[i] = &d->observed;
     LSA_TRY(room_keys(b, d->info.n_key, g, err));
     for (int32_t l = 0; l < g->n_layer; l++)
         memcpy(b->key[l], d->key[l], (size_t)(d->info.n_key * LSA_KEY_BYTES));

@@ -21,13 +21,17 @@ typedef struct lsa_batch {
     int64_t *position, *key_base; /* [m] */
     int32_t *n_cand, *cand;       /* [m]; [m, n] if has_cand, else chunks 0..n_cand-1 */
     bool has_cand;
-    float *y, *weight;      /* [m, n]: labels or target mass; weights (pointwise losses) */
+    float *y, *weight; /* [m, n]: labels or target mass; weights (pointwise losses) */
+    bool has_prior;    /* what the rows' windows read, borrowed until the source drops the document; and
+                          room for its features [m, n] (kernels/prior.h), which lsa_observe fills */
+    const lsa_observed **observed;
+    float *recent, *memory;
     float *row_weight;      /* [m] kl: 0 without a target, else 1, or the window's mass with loss.by_mass */
     lsa_batch_counts count; /* of all rows: the shards' counts, added in their order */
     int64_t n_shard; /* virtual shards the rows come from, the same number of rows from each, in order */
-    lsa_batch_counts *shard;        /* [n_shard] */
-    int64_t *doc, *start;           /* [m], for messages and traces */
-    int64_t cap_m, cap_mn, cap_key; /* room */
+    lsa_batch_counts *shard;                   /* [n_shard] */
+    int64_t *doc, *start;                      /* [m], for messages and traces */
+    int64_t cap_m, cap_mn, cap_key, cap_prior; /* room */
 } lsa_batch;
 void lsa_batch_fini(lsa_batch *b);
 void lsa_batch_counts_add(lsa_batch_counts *a, const lsa_batch_counts *b);

@@ -30,14 +30,14 @@ static int64_t z_bin(float z) {
 typedef struct logits {
     int32_t n_layer;
     int64_t *golden, *other; /* [n_layer, Z_BINS] */
-    double n, sum, sum2;     /* of the summed logits */
+    double n, sum, sum2;     /* of the summed logits, observed mass added */
 } logits;
 
 static lsa_status look_logits(void *arg, void *row, const lsa_seen *w) {
     logits *x = arg;
     double *moments = row;
     for (int64_t c = 0; c < w->n; c++) {
-        double sum = 0;
+        double sum = w->prior ? (double)w->prior[c] : 0;
         for (int32_t l = 0; l < x->n_layer; l++) {
             const float z = w->z[l * w->stride + c];
             int64_t *count = (w->votes[c] ? x->golden : x->other) + (int64_t)l * Z_BINS + z_bin(z);
@@ -132,7 +132,7 @@ static lsa_status look_scores(void *arg, void *row, const lsa_seen *w) {
     const lsa_status st = LSA_NEW(score, w->n, NULL);
     (void)row;
     for (int s = 0; st == LSA_OK && s < LSA_CALIB_SCORES; s++) {
-        lsa_rule_score(score, &x->rule[s], w->z, w->stride, w->n);
+        lsa_rule_score(score, &x->rule[s], w);
         for (int64_t c = 0; c < w->n; c++)
             lsa_score_counts_add(&x->counts[s], w->visible, score[c], w->votes[c] > 0);
     }
@@ -322,10 +322,11 @@ lsa_status lsa_calibrate_fold(lsa_calibration *c, lsa_measure *m, lsa_indexer_fi
     lsa_select_rule rule[2];
     double b[LSA_MAX_CSA] = {0};
     int target = 0;
-    if (f->geom.reach)
+    if (f->geom.reach || f->geom.prior)
         LSA_FAIL(LSA_E_UNSUPPORTED,
-                 "--fold: this indexer was trained with a continuation of the sum, which the "
-                 "reference server's maximum of sigmoids would leave out");
+                 "--fold: this indexer was trained with %s of the sum, which the "
+                 "reference server's maximum of sigmoids would leave out",
+                 f->geom.reach ? "a continuation" : "an observed-mass prior");
     while (target < LSA_CALIB_BUDGETS && fabs(lsa_calib_target[target] - budget) > 1e-9) target++;
     if (target == LSA_CALIB_BUDGETS)
         LSA_FAIL(LSA_E_ARG, "--fold %g: expected one of the budgets 0.05, 0.10, 0.135 and 0.20", budget);

@@ -10,6 +10,8 @@
 #include "kernels/core/num.h"
 #include "kernels/cpu/topk.h"
 #include "kernels/continuation.h"
+#include "kernels/prior.h"
+#include "trainer/observer.h"
 
 const double lsa_eval_budgets[LSA_EVAL_BUDGETS] = {0.05, 0.10, 0.20};
 const int64_t lsa_eval_lengths[LSA_EVAL_LENGTHS] = {16384, 65536, 262144, INT64_MAX};
@@ -85,10 +87,11 @@ static void add(lsa_scores *a, const lsa_scores *b) {
     for (int i = 0; i <= LSA_EVAL_BUDGETS; i++) a->captured[i] += b->captured[i];
 }
 
-/* All scores of one window from the layers' logits z[l], stride m*n. */
+/* All scores of one window from the layers' logits z[l], stride m*n; recent and memory: features of the
+ * prior. */
 static lsa_status window_scores(lsa_scores *row, const lsa_eval *e, const float *z, int64_t stride,
-                                const uint8_t *votes, const float *mass, int64_t n, const lsa_recipe *r,
-                                lsa_err *err) {
+                                const float *recent, const float *memory, const uint8_t *votes,
+                                const float *mass, int64_t n, const lsa_recipe *r, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int32_t L = e->n_layer, last = e->n - 1;
     float *p = NULL, *mean = NULL, *max = NULL, *sum = NULL, *scratch = NULL;
@@ -111,10 +114,12 @@ static lsa_status window_scores(lsa_scores *row, const lsa_eval *e, const float 
     }
     count(&row[last - 2], mean, mean, votes, mass, n, r, scratch, sel);
     count(&row[last - 1], max, max, votes, mass, n, r, scratch, sel);
-    for (int continued = e->reach ? 0 : 1; continued < 2; continued++) {
-        if (continued) lsa_continue(sum, NULL, sum, n, e->cost, e->reach);
+    for (int whole = e->reach || e->prior ? 0 : 1; whole < 2; whole++) {
+        for (int64_t c = 0; whole && e->prior && c < n; c++)
+            sum[c] += lsa_prior_value(e->prior_weight, recent[c], memory[c]);
+        if (whole) lsa_continue(sum, NULL, sum, n, e->cost, e->reach);
         for (int64_t c = 0; c < n; c++) p[c] = sigmoid(sum[c]);
-        count(&row[continued ? last : L], p, sum, votes, mass, n, r, scratch, sel);
+        count(&row[whole ? last : L], p, sum, votes, mass, n, r, scratch, sel);
     }
 done:
     lsa_free(p);
@@ -126,8 +131,8 @@ done:
     return st;
 }
 
-/* One group of windows, added to row [e->n]; the windows run in parallel into rows of their own and are added
- * in order. */
+/* One group of windows (with a prior: observed already), added to row [e->n]; the windows run in parallel
+ * into rows of their own and are added in order. */
 static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_batch *b, const lsa_train_doc *d,
                                lsa_source *s, const lsa_recipe *r, int64_t first, const float *z,
                                lsa_err *err) {
@@ -147,8 +152,10 @@ static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_bat
         } else {
             lsa_window_needs(NULL, votes, s, d, &w);
             if (mass) lsa_window_native(mass, d, &w);
-            if (window_scores(rows + i * e->n, e, z + i * b->n, b->m * b->n, votes, mass, w.n_cand, r,
-                              NULL) != LSA_OK) {
+            const float *recent = e->prior ? b->recent + i * b->n : NULL,
+                        *memory = e->prior ? b->memory + i * b->n : NULL;
+            if (window_scores(rows + i * e->n, e, z + i * b->n, b->m * b->n, recent, memory, votes, mass,
+                              w.n_cand, r, NULL) != LSA_OK) {
 #pragma omp atomic write
                 failed = true;
             }
@@ -168,11 +175,12 @@ void lsa_eval_begin(lsa_eval *e, const lsa_source *s, const lsa_indexer_geom *g)
     memset(e, 0, sizeof *e);
     e->n_layer = g->n_layer;
     e->reach = g->reach;
-    e->n = g->n_layer + 3 + (g->reach > 0);
+    e->prior = g->prior;
+    e->n = g->n_layer + 3 + (g->reach > 0 || g->prior);
     e->has_mass = lsa_shards_get_info(lsa_source_shards(s))->has_stats;
     for (int32_t l = 0; l < g->n_layer; l++)
         snprintf(e->row[l].name, sizeof e->row[l].name, "c%d", g->ord[l].v);
-    if (g->reach) snprintf(e->row[g->n_layer].name, 16, "plain");
+    if (g->reach || g->prior) snprintf(e->row[g->n_layer].name, 16, "plain");
     snprintf(e->row[e->n - 3].name, 16, "mean");
     snprintf(e->row[e->n - 2].name, 16, "max");
     snprintf(e->row[e->n - 1].name, 16, "sum");
@@ -197,6 +205,7 @@ static lsa_status score_document(void *user, lsa_scores *row, const lsa_eval *e,
     lsa_status st = LSA_OK;
     const scorer *const x = user;
     lsa_batch b = {0};
+    lsa_observer o = {0};
     const lsa_train_doc *d;
     float *z = NULL;
     int64_t cap = 0;
@@ -213,10 +222,16 @@ static lsa_status score_document(void *user, lsa_scores *row, const lsa_eval *e,
             cap = need;
         }
         LSA_TRY(lsa_trainer_score(x->t, &b, z, err));
+        if (e->prior)
+            LSA_TRY(lsa_observe(
+                &o, &b,
+                &(lsa_observe_args){z, e->n_layer, m * b.n, x->r->budget, e->prior_weight, e->cost, e->reach},
+                err));
         LSA_TRY(lsa_source_get(&d, x->s, doc, err));
         LSA_TRY(group_scores(row, e, &b, d, x->s, x->r, w, z, err));
     }
 done:
+    lsa_observer_fini(&o);
     lsa_batch_fini(&b);
     lsa_free(z);
     return st;
@@ -267,6 +282,7 @@ lsa_status lsa_evaluate(lsa_eval *e, lsa_trainer *t, lsa_comm *comm, lsa_source 
     scorer x = {t, comm, s, r, g};
     lsa_eval_begin(e, s, g);
     LSA_TRY(lsa_trainer_costs(t, e->cost, err));
+    LSA_TRY(lsa_trainer_prior(t, e->prior_weight, err));
     LSA_TRY(lsa_eval_documents(e, comm, s, first, last, score_document, &x, err));
 done:
     return st;
@@ -355,7 +371,12 @@ void lsa_eval_print(const lsa_eval *e, const lsa_recipe *r) {
            r->exclude_resident && r->causal ? "can be evicted"
            : r->causal                      ? "are visible"
                                             : "exist in the document");
-    if (e->reach)
-        printf("sum: the summed logits, continued over %d chunks; plain: without the continuation\n",
-               e->reach);
+    char continued[48] = "";
+    if (e->reach) snprintf(continued, sizeof continued, ", continued over %d chunks", e->reach);
+    if (e->reach || e->prior)
+        printf("sum: the summed logits%s%s; plain: without %s\n", e->prior ? ", observed mass added" : "",
+               continued,
+               e->reach && e->prior ? "both"
+               : e->prior           ? "the observed mass"
+                                    : "the continuation");
 }

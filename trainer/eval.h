@@ -28,12 +28,14 @@ double lsa_recall(const lsa_scores *s);
 double lsa_f1(const lsa_scores *s);
 
 typedef struct lsa_eval {
-    int32_t n; /* rows: joint layers, then plain (only with a continuation), mean, max, sum */
-    lsa_scores row[LSA_MAX_CSA + 4];        /* sum: continued; plain: what it is without the continuation */
+    int32_t n; /* rows: joint layers, then plain (only with a continuation or a prior), mean, max, sum */
+    lsa_scores row[LSA_MAX_CSA + 4];        /* sum: with the prior, continued; plain: without both */
     lsa_scores by_length[LSA_EVAL_LENGTHS]; /* of the sum ensemble */
     bool has_mass;
     int32_t n_layer, reach;
     float cost[LSA_MAX_REACH]; /* of the continuation */
+    bool prior;
+    float prior_weight[LSA_PRIOR_WEIGHTS];
 } lsa_eval;
 
 double lsa_eval_budget(const lsa_recipe *r, int b); /* b of lsa_scores.captured */

@@ -10,6 +10,8 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "kernels/prior.h"
+#include "trainer/observer.h"
 
 enum { GROUP = 64 };
 
@@ -22,6 +24,7 @@ struct lsa_measure {
     int64_t first, last;
     lsa_measure_info info;
     float cost[LSA_MAX_REACH]; /* of the continuation */
+    float prior[LSA_PRIOR_WEIGHTS];
 };
 
 /* ---- opening ---- */
@@ -110,6 +113,7 @@ lsa_status lsa_measure_params(lsa_measure *m, const float *params, lsa_err *err)
     m->trainer = NULL;
     if (m->g.reach)
         memcpy(m->cost, params + lsa_indexer_costs_at(&m->g), (size_t)m->g.reach * sizeof *m->cost);
+    if (m->g.prior) memcpy(m->prior, params + lsa_indexer_prior_at(&m->g), sizeof m->prior);
     return lsa_trainer_create(&m->trainer, m->ctx, NULL, 1, &m->r, &m->g, params, NULL, NULL, 0, err);
 }
 
@@ -167,25 +171,31 @@ lsa_measure_info lsa_measure_get_info(const lsa_measure *m) {
 
 /* ---- walking ---- */
 
-/* One window of a group. */
+/* Row i of a group. */
 static lsa_status look_at(const lsa_look *how, void *row, lsa_seen *seen, const lsa_measure *m,
-                          const lsa_train_doc *d, const lsa_window *w) {
+                          const lsa_batch *b, int64_t i, const lsa_train_doc *d, const lsa_window *w) {
     lsa_status st = LSA_OK;
     uint8_t *votes = NULL;
-    float *mass = NULL;
+    float *mass = NULL, *prior = NULL;
     for (int32_t l = 0; l < m->g.n_layer; l++)
         for (int64_t c = 0; c < seen->n; c++)
             if (!isfinite(seen->z[l * seen->stride + c])) return LSA_E_NUMERIC;
+    if (m->g.prior) LSA_TRY(LSA_NEW(prior, seen->n, NULL));
+    for (int64_t c = 0; prior && c < seen->n; c++)
+        prior[c] = lsa_prior_value(m->prior, b->recent[i * b->n + c], b->memory[i * b->n + c]);
     LSA_TRY(LSA_NEW(votes, seen->n, NULL));
     if (m->info.has_mass) LSA_TRY(LSA_NEW(mass, seen->n, NULL));
     lsa_window_needs(NULL, votes, m->source, d, w);
     if (mass) lsa_window_native(mass, d, w);
+    seen->prior = prior;
     seen->votes = votes;
     seen->mass = mass;
     st = how->look(how->arg, row, seen);
 done:
+    seen->prior = NULL;
     seen->votes = NULL;
     seen->mass = NULL;
+    lsa_free(prior);
     lsa_free(votes);
     lsa_free(mass);
     return st;
@@ -208,7 +218,7 @@ static lsa_status look_group(const lsa_look *how, uint8_t *rows, const lsa_measu
     }
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t i = 0; i < b->m; i++)
-        got[i] = look_at(how, rows + (size_t)i * how->row_bytes, &seen[i], m, d, &w[i]);
+        got[i] = look_at(how, rows + (size_t)i * how->row_bytes, &seen[i], m, b, i, d, &w[i]);
     for (int64_t i = 0; i < b->m; i++) {
         if (got[i] == LSA_E_NUMERIC)
             LSA_FAIL(LSA_E_NUMERIC,
@@ -227,6 +237,7 @@ lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_batch b = {0};
     LSA_VEC(float) z = {0};
+    lsa_observer o = {0};
     uint8_t *rows = NULL;
     lsa_progress p;
     int64_t done_windows = 0;
@@ -242,6 +253,11 @@ lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, lsa_err *err) {
             LSA_TRY(lsa_batch_document(&b, m->source, doc, w, n, &m->g, err));
             LSA_TRY(LSA_VEC_RESERVE(z, m->g.n_layer * n * b.n, err));
             LSA_TRY(lsa_trainer_score(m->trainer, &b, z.data, err));
+            if (m->g.prior)
+                LSA_TRY(lsa_observe(&o, &b,
+                                    &(lsa_observe_args){z.data, m->g.n_layer, n * b.n, m->r.budget, m->prior,
+                                                        m->cost, m->g.reach},
+                                    err));
             LSA_TRY(lsa_source_get(&d, m->source, doc, err));
             LSA_TRY(look_group(how, rows, m, &b, d, w, z.data, err));
             done_windows += n;
@@ -250,6 +266,7 @@ lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, lsa_err *err) {
     }
     lsa_progress_end(&p);
 done:
+    lsa_observer_fini(&o);
     lsa_batch_fini(&b);
     lsa_free(z.data);
     lsa_free(rows);

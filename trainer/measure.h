@@ -40,12 +40,13 @@ typedef struct lsa_seen {
     int64_t visible, n;
     const float *z; /* logits of layer l: z + l * stride, n of them; finite */
     int64_t stride;
+    const float *prior;   /* [n] what observed mass adds to the sum of the logits, or NULL */
     const uint8_t *votes; /* [n] golden where > 0 */
     const float *mass;    /* [n] native mass, or NULL */
 } lsa_seen;
 
-/* begin: serial, before; z, votes and mass are not there yet. look: parallel, into a zeroed row of its own.
- * add: serial, in order. begin and add may be NULL. */
+/* begin: serial, before; z, prior, votes and mass are not there yet. look: parallel, into a zeroed row of its
+ * own. add: serial, in order. begin and add may be NULL. */
 typedef struct lsa_look {
     const char *what; /* for the progress line */
     size_t row_bytes;
@@ -62,8 +63,8 @@ LSA_NODISCARD lsa_status lsa_measure_walk(lsa_measure *m, const lsa_look *how, l
 /* Gives a rule of the sum the continuation of the weights in use, if they have one. */
 void lsa_measure_continue(lsa_select_rule *r, const lsa_measure *m);
 
-/* Scores of n chunks as kernels/model/select.h defines them. */
-void lsa_rule_score(float *score, const lsa_select_rule *r, const float *z, int64_t stride, int64_t n);
+/* Scores of the window's chunks as kernels/model/select.h defines them. */
+void lsa_rule_score(float *score, const lsa_select_rule *r, const lsa_seen *w);
 
 /* What n_rule threshold rules keep around every knot: point[rule * n_knot + knot]; a window counts for its
  * two knots by distance, as in threshold.h. Intervals: 95 % of 1,000 resamplings of the documents (fixed

@@ -17,10 +17,11 @@ static float chance(float z, float temperature, float offset) {
     return 1.0f / (1.0f + expf(-(z / temperature + offset)));
 }
 
-void lsa_rule_score(float *score, const lsa_select_rule *r, const float *z, int64_t stride, int64_t n) {
+void lsa_rule_score(float *score, const lsa_select_rule *r, const lsa_seen *w) {
+    const int64_t n = w->n;
     for (int64_t c = 0; c < n; c++) score[c] = 0;
     for (int32_t l = 0; l < r->n_layer; l++) {
-        const float *zl = z + l * stride, t = r->temperature[l], o = r->offset[l];
+        const float *zl = w->z + l * w->stride, t = r->temperature[l], o = r->offset[l];
         for (int64_t c = 0; c < n; c++) switch (r->score) {
             case LSA_SCORE_SUM:
                 score[c] += zl[c];
@@ -32,6 +33,7 @@ void lsa_rule_score(float *score, const lsa_select_rule *r, const float *z, int6
                 score[c] = fmaxf(score[c], chance(zl[c], t, o));
             }
     }
+    for (int64_t c = 0; w->prior && r->score == LSA_SCORE_SUM && c < n; c++) score[c] += w->prior[c];
     if (r->reach) lsa_continue(score, NULL, score, n, r->cost, r->reach);
 }
 
@@ -72,8 +74,7 @@ static lsa_status look(void *arg, void *row, const lsa_seen *w) {
     }
     for (int i = 0; i < t->n_rule; i++) {
         const float limit = lsa_rule_threshold(&t->rule[i], w->visible);
-        if (i == 0 || !same_score(&t->rule[i], &t->rule[i - 1]))
-            lsa_rule_score(score, &t->rule[i], w->z, w->stride, w->n);
+        if (i == 0 || !same_score(&t->rule[i], &t->rule[i - 1])) lsa_rule_score(score, &t->rule[i], w);
         for (int64_t c = 0; c < w->n; c++) {
             if (!(score[c] > limit)) continue;
             kept[i].v[0] += 1;

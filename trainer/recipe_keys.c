@@ -55,6 +55,10 @@ const lsa_key lsa_recipe_keys[] = {
     I64("model.rank", rank, "256", 1, 65536, "rank of the query projection"),
     I64("model.continuation", reach, "0", 0, LSA_MAX_REACH,
         "following chunks that a chunk lends its score to, at a learned cost for each distance (0: none; tau / 4 reaches one window)"),
+    BOOL(
+        "model.prior", prior, "false",
+        "add what level 2 gave each chunk in the windows before to its score, with learned weights; eval.budget of the chunks are taken to have "
+        "been resident in those windows"),
 
     I64("window.tau", tau, "64", 1, 65536, "tokens a window lasts"),
     I64("window.tail", tail, "256", 0, 1e7, "newest tokens that are always resident"),
@@ -146,6 +150,19 @@ lsa_status lsa_recipe_check(const lsa_recipe *r, lsa_err *err) {
             "all, because it lends between neighbouring chunks");
     if (r->reach && *r->trace)
         LSA_RET_FAIL(LSA_E_CONFIG, "train.trace knows no continuation: set model.continuation: 0");
+    if (r->prior &&
+        (r->ensemble != LSA_ON_SUM || r->candidates != LSA_CAND_ALL || !r->causal || !r->exclude_resident))
+        LSA_RET_FAIL(LSA_E_CONFIG,
+                     "model.prior needs loss.on: sum, whose score it is added to, sample.candidates: all, "
+                     "sample.causal: true and sample.exclude_resident: true");
+    if (r->prior && r->stride % r->tau)
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "model.prior needs windows that follow each other as in decoding: window.stride %lld must "
+            "be a multiple of window.tau %lld",
+            (long long)r->stride, (long long)r->tau);
+    if (r->prior && *r->trace)
+        LSA_RET_FAIL(LSA_E_CONFIG, "train.trace knows no observed mass: set model.prior: false");
     if (r->batch % r->virtual_shards) {
         const int64_t below = r->batch / r->virtual_shards * r->virtual_shards;
         char lower[32] = "";

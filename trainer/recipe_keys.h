@@ -25,7 +25,7 @@ typedef struct lsa_recipe {
     int64_t candidates, max_pos, max_neg, order, val_documents, min_layers;
     double neg_ratio, hard_share;
     int64_t hard_every;
-    bool exclude_resident, causal;
+    bool exclude_resident, causal, prior;
     int64_t loss, target, ensemble;
     bool weighted, trivial, by_mass, balance;
     double smoothing, margin;

@@ -19,7 +19,7 @@ struct lsa_reduce {
     int rank, size, n_part;
     bool sharded;
     int64_t n_layer, per_layer; /* parameters of a layer */
-    int64_t reach;              /* costs, behind all layers: one bucket of "layer" n_layer */
+    int64_t n_extra;            /* behind all layers: one bucket of "layer" n_layer */
     float **part;               /* [n_part] [per_layer] */
     bucket *bucket;
     lsa_slice *slice;
@@ -35,7 +35,7 @@ static lsa_status make_buckets(lsa_reduce *x, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t each = lsa_ceil_div(x->per_layer, LSA_REDUCE_BUCKET);
     int64_t *count = NULL;
-    const int64_t n_bucket = x->n_layer * each + (x->reach > 0);
+    const int64_t n_bucket = x->n_layer * each + (x->n_extra > 0);
     LSA_TRY(LSA_NEW(x->bucket, n_bucket, err));
     LSA_TRY(LSA_NEW(x->slice, n_bucket, err));
     LSA_TRY(LSA_NEW(count, x->size, err));
@@ -43,7 +43,7 @@ static lsa_status make_buckets(lsa_reduce *x, lsa_err *err) {
         bucket *const b = &x->bucket[i];
         b->layer = (int32_t)(i / each);
         b->first = i % each * LSA_REDUCE_BUCKET;
-        const int64_t all = b->layer < x->n_layer ? x->per_layer : x->reach,
+        const int64_t all = b->layer < x->n_layer ? x->per_layer : x->n_extra,
                       n = lsa_min_i64(LSA_REDUCE_BUCKET, all - b->first);
         LSA_TRY(LSA_NEW(b->cut, x->size + 1, err));
         x->n_bucket++;
@@ -73,9 +73,10 @@ lsa_status lsa_reduce_create(lsa_reduce **out, lsa_comm *comm, const lsa_indexer
     x->sharded = sharded;
     x->n_layer = g->n_layer;
     x->per_layer = lsa_indexer_layer_params(g);
-    x->reach = g->reach;
+    x->n_extra = lsa_indexer_n_extra(g);
     LSA_TRY(lsa_alloc_((void **)&x->part, n_part, sizeof *x->part, "gradients", err));
-    for (int p = 0; p < n_part; p++) LSA_TRY(LSA_NEW(x->part[p], x->per_layer, err));
+    for (int p = 0; p < n_part; p++)
+        LSA_TRY(LSA_NEW(x->part[p], lsa_max_i64(x->per_layer, LSA_MAX_EXTRA), err));
     LSA_TRY(make_buckets(x, err));
     LSA_TRY(LSA_NEW(x->mine, n_part + x->most_pieces, err));
     LSA_TRY(LSA_NEW(x->all, x->size * (n_part + x->most_pieces), err));

@@ -21,7 +21,7 @@ LSA_NODISCARD lsa_status lsa_reduce_create(lsa_reduce **out, lsa_comm *comm, con
 void lsa_reduce_destroy(lsa_reduce *x); /* NULL allowed */
 
 /* Where part p's gradient of the layer in work goes: the layer's parameters, from its first on. "Layer"
- * n_layer is the costs of the continuation. */
+ * n_layer is what lies behind all layers (costs of the continuation, weights of the prior). */
 float *lsa_reduce_part(lsa_reduce *x, int p);
 /* Adds all parts of the layer into grad (flat): this rank's slices of it if sharded, else all of it. */
 LSA_NODISCARD lsa_status lsa_reduce_layer(lsa_reduce *x, int32_t layer, float *grad, lsa_err *err);

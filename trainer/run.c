@@ -67,6 +67,7 @@ static lsa_status make_geom(lsa_indexer_geom *g, const lsa_recipe *r, const lsa_
     g->eps = 1e-6f;
     g->rope = f->rope;
     g->reach = (int32_t)r->reach;
+    g->prior = r->prior;
     bool want[LSA_MAX_CSA] = {false};
     LSA_TRY(lsa_csa_list(want, r->layers, f->n_csa, LSA_E_CONFIG, "model.layers", err));
     for (int32_t o = 0; o < f->n_csa; o++) /* all: those the shards hold */
@@ -671,6 +672,7 @@ lsa_status lsa_train_eval(lsa_eval *out, lsa_recipe *r, const char *ckpt, const 
     else
         LSA_TRY(lsa_recipe_load(r, lsa_recipe_keys, lsa_recipe_n_key, NULL, NULL, 0, err));
     LSA_TRY(lsa_recipe_set(r, lsa_recipe_keys, lsa_recipe_n_key, set, n_set, err));
+    r->prior = c.geom.prior;
     LSA_TRY(lsa_recipe_check(r, err));
     if (!val_only) r->val_documents = 0;
     LSA_TRY(lsa_comm_agree(comm, "the checkpoint",

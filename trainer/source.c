@@ -33,7 +33,7 @@ lsa_status lsa_source_open(lsa_source **out, const char *dir, const lsa_recipe *
     LSA_TRY(LSA_NEW(s, 1, err));
     s->r = r;
     s->geom = *geom;
-    s->need_mass = need_mass;
+    s->need_mass = need_mass || geom->prior;
     LSA_TRY(lsa_shards_open(&s->shards, dir, err));
     const lsa_shards_info *f = lsa_shards_get_info(s->shards);
     if (f->hidden != geom->hidden)
@@ -49,6 +49,11 @@ lsa_status lsa_source_open(lsa_source **out, const char *dir, const lsa_recipe *
             LSA_E_CONFIG,
             "the shards hold no /stats (imported, or dumped with --no-stats), which loss.kind kl and eval.metric captured need; "
             "train on votes: loss.kind focal or bce with loss.on layer and eval.metric f1, or recipes/reference.yaml");
+    if (geom->prior && !f->has_stats)
+        LSA_FAIL(
+            LSA_E_CONFIG,
+            "the shards hold no /stats (imported, or dumped with --no-stats), which model.prior needs: set "
+            "it to false, or dump with statistics");
     if (r->min_layers < f->label_min_votes)
         LSA_FAIL(
             LSA_E_CONFIG,
@@ -87,6 +92,7 @@ void lsa_train_doc_fini(lsa_train_doc *d) {
         lsa_csr_fini(&d->mass[l]);
         lsa_csr_fini(&d->native[l]);
     }
+    lsa_observed_fini(&d->observed);
     lsa_free(d->hidden_pos);
     lsa_free(d->trivial);
     lsa_csr_fini(&d->labels);
@@ -220,6 +226,12 @@ lsa_status lsa_source_load(lsa_train_doc *d, const lsa_source *s, int64_t doc, l
         lsa_free(d->mass[o].logit);
         d->mass[o].logit = NULL;
         d->bytes += d->mass[o].n_entry * 6 + d->mass[o].n_row * 8;
+    }
+    if (s->geom.prior) {
+        const lsa_csr *native = s->r->target == LSA_TARGET_DENSE ? d->native : d->mass;
+        LSA_TRY(lsa_observed_build(&d->observed, native, f->n_csa, d->info.first_position, d->info.n_row,
+                                   d->info.n_key, s->r->tau, err));
+        d->bytes += lsa_observed_bytes(&d->observed);
     }
     if (s->r->trivial || s->r->mode == LSA_MODE_REFERENCE) LSA_TRY(mark_trivial(d, s->r->min_layers, err));
 done:

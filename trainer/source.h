@@ -5,6 +5,7 @@
 
 #include "data/lsa_shard.h"
 #include "kernels/model/indexer.h"
+#include "trainer/observed.h"
 #include "trainer/recipe_keys.h"
 
 /* One document in memory. Layers are the recipe's joint layers, in order. */
@@ -18,13 +19,15 @@ typedef struct lsa_train_doc {
     lsa_csr
         mass[LSA_MAX_CSA]; /* per CSA layer of the teacher: native (or dense) mass; empty unless asked for */
     lsa_csr native[LSA_MAX_CSA]; /* native mass where `mass` is dense: what captured mass is measured in */
+    lsa_observed observed;       /* with model.prior: what its windows read */
     uint8_t *trivial;            /* [n_key] golden in over 80 % of the tokens; NULL unless asked for */
     int64_t bytes;
 } lsa_train_doc;
 
 typedef struct lsa_source lsa_source;
 
-/* geom: joint layers to read. need_mass: native or dense masses are used. */
+/* geom: joint layers to read; with a prior, documents hold what their windows read. need_mass: native or
+ * dense masses are used. */
 LSA_NODISCARD lsa_status lsa_source_open(lsa_source **out, const char *shards, const lsa_recipe *r,
                                          const lsa_indexer_geom *geom, bool need_mass, lsa_err *err);
 void lsa_source_close(lsa_source *s);

@@ -10,6 +10,7 @@
 #include "kernels/core/num.h"
 #include "kernels/core/hash.h"
 #include "kernels/ops.h"
+#include "trainer/observer.h"
 #include "trainer/reduce.h"
 
 struct lsa_trainer {
@@ -25,6 +26,7 @@ struct lsa_trainer {
     int64_t updates; /* AdamW's t, without skipped steps */
     /* batch arrays, grown when a batch needs more */
     int64_t cap_m, cap_mn, cap_key, cap_cand;
+    float *recent, *memory; /* features of the observed mass; NULL without a prior */
     float *x[LSA_MAX_CSA];
     lsa_indexer_act act[LSA_MAX_CSA];
     uint8_t *key[LSA_MAX_CSA];
@@ -34,6 +36,8 @@ struct lsa_trainer {
     float *zc;     /* continued scores, then their gradient; NULL without a continuation */
     uint8_t *from; /* the distance that won */
     double *row_loss, *norm;
+    float *host_z; /* with a prior: the summed logits */
+    int64_t cap_host_z;
     double *host_loss, *part_loss; /* part_loss [n_part] */
 };
 
@@ -110,11 +114,12 @@ void lsa_trainer_destroy(lsa_trainer *t) {
         void *p[] = {t->x[l], t->act[l].a, t->act[l].rstd, t->act[l].u, t->act[l].q, t->act[l].w, t->key[l]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     }
-    void *p[] = {t->p,        t->grad,   t->m,          t->v,    t->freq,     t->norm,   t->position,
-                 t->key_base, t->n_cand, t->row_weight, t->cand, t->y,        t->weight, t->z,
-                 t->dz,       t->dq,     t->dw,         t->du,   t->row_loss, t->zc,     t->from};
+    void *p[] = {t->p,      t->grad,       t->m,        t->v,  t->freq,   t->norm,   t->position, t->key_base,
+                 t->n_cand, t->row_weight, t->cand,     t->y,  t->weight, t->z,      t->dz,       t->dq,
+                 t->dw,     t->du,         t->row_loss, t->zc, t->from,   t->recent, t->memory};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
     lsa_free(t->host_loss);
+    lsa_free(t->host_z);
     lsa_free(t->part_loss);
     lsa_reduce_destroy(t->reduce);
     lsa_free(t);
@@ -146,6 +151,12 @@ uint64_t lsa_trainer_hash(const lsa_trainer *t) {
 lsa_status lsa_trainer_costs(lsa_trainer *t, float costs[LSA_MAX_REACH], lsa_err *err) {
     return t->g.reach ? lsa_ctx_download(t->ctx, costs, t->p + lsa_indexer_costs_at(&t->g),
                                          (size_t)t->g.reach * sizeof *costs, err)
+                      : LSA_OK;
+}
+
+lsa_status lsa_trainer_prior(lsa_trainer *t, float weight[LSA_PRIOR_WEIGHTS], lsa_err *err) {
+    return t->g.prior ? lsa_ctx_download(t->ctx, weight, t->p + lsa_indexer_prior_at(&t->g),
+                                         LSA_PRIOR_WEIGHTS * sizeof *weight, err)
                       : LSA_OK;
 }
 
@@ -191,6 +202,8 @@ static lsa_status room(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
         ROOM(t->dz, m * b->n);
         if (t->g.reach) ROOM(t->zc, m * b->n);
         if (t->g.reach) ROOM(t->from, m * b->n);
+        if (t->g.prior) ROOM(t->recent, m * b->n);
+        if (t->g.prior) ROOM(t->memory, m * b->n);
         t->cap_mn = m * b->n;
     }
     if (b->has_cand && m * b->n > t->cap_cand) {
@@ -338,6 +351,7 @@ static lsa_status backward_part(lsa_trainer *t, int32_t l, int64_t p, int64_t m,
     lsa_indexer_geom one = t->g; /* of this layer alone: the buffer begins with its parameters */
     one.n_layer = 1;
     one.reach = 0;
+    one.prior = false;
     return lsa_indexer_query_bwd(t->ctx, &one, t->p + lsa_indexer_tensor_at(&t->g, l, LSA_WQ_A).offset,
                                  lsa_reduce_part(t->reduce, (int)p), 0, m, t->x[l] + p * m * t->g.hidden,
                                  t->position + p * m, t->freq, &act, t->dq + p * m * t->g.n_head * 128,
@@ -364,7 +378,32 @@ done:
     return st;
 }
 
-/* ---- the continuation: parameters behind all layers, rows apart from each other as everywhere ---- */
+/* ---- prior and continuation: parameters behind all layers, rows apart from each other as everywhere ---- */
+
+static lsa_status add_prior(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const size_t bytes = (size_t)(b->m * b->n) * sizeof(float);
+    float weight[LSA_PRIOR_WEIGHTS], cost[LSA_MAX_REACH];
+    if (b->m * b->n > t->cap_host_z) {
+        lsa_free(t->host_z);
+        t->host_z = NULL;
+        LSA_TRY(LSA_NEW(t->host_z, b->m * b->n, err));
+        t->cap_host_z = b->m * b->n;
+    }
+    LSA_TRY(lsa_ctx_download(t->ctx, t->host_z, t->z, bytes, err));
+    LSA_TRY(lsa_trainer_prior(t, weight, err));
+    LSA_TRY(lsa_trainer_costs(t, cost, err));
+    LSA_TRY(lsa_observe(NULL, b, &(lsa_observe_args){t->host_z, 1, 0, t->r->budget, weight, cost, t->g.reach},
+                        err));
+    LSA_TRY(lsa_ctx_upload(t->ctx, t->recent, b->recent, bytes, err));
+    LSA_TRY(lsa_ctx_upload(t->ctx, t->memory, b->memory, bytes, err));
+    LSA_TRY(lsa_prior_fwd(t->ctx,
+                          &(lsa_prior_fwd_args){b->m, b->n, t->recent, t->memory,
+                                                t->p + lsa_indexer_prior_at(&t->g), t->n_cand, t->z},
+                          err));
+done:
+    return st;
+}
 
 static lsa_status continue_scores(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
     return lsa_continuation_fwd(t->ctx,
@@ -382,12 +421,26 @@ static lsa_status lend_rows(lsa_trainer *t, int64_t n, int64_t i, int64_t m, flo
                                 err);
 }
 
-static lsa_status continue_backward(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
+/* Rows [i, i + m): the gradient of what the loss saw into t->dz, and of everything behind the layers into d.
+ */
+static lsa_status extra_rows(lsa_trainer *t, int64_t n, int64_t i, int64_t m, float *d, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (t->g.reach) LSA_TRY(lend_rows(t, n, i, m, d, err));
+    if (t->g.prior)
+        LSA_TRY(lsa_prior_bwd(t->ctx,
+                              &(lsa_prior_bwd_args){m, n, t->recent + i * n, t->memory + i * n, t->dz + i * n,
+                                                    t->n_cand + i, d + t->g.reach},
+                              err));
+done:
+    return st;
+}
+
+static lsa_status extra_backward(lsa_trainer *t, const lsa_batch *b, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t m = b->m / t->n_part;
-    if (!t->reduce) return lend_rows(t, b->n, 0, b->m, t->grad + lsa_indexer_costs_at(&t->g), err);
+    if (!t->reduce) return extra_rows(t, b->n, 0, b->m, t->grad + lsa_indexer_costs_at(&t->g), err);
     for (int64_t p = 0; p < t->n_part; p++)
-        LSA_TRY(lend_rows(t, b->n, p * m, m, lsa_reduce_part(t->reduce, (int)p), err));
+        LSA_TRY(extra_rows(t, b->n, p * m, m, lsa_reduce_part(t->reduce, (int)p), err));
     LSA_TRY(lsa_reduce_layer(t->reduce, t->g.n_layer, t->grad, err));
 done:
     return st;
@@ -410,8 +463,8 @@ done:
 static lsa_status update_range(lsa_trainer *t, int64_t no, int64_t begin, int64_t end, int64_t at, double lr,
                                double scale, lsa_err *err) {
     const lsa_recipe *r = t->r;
-    const bool costs = begin >= lsa_indexer_costs_at(&t->g), norm = no % LSA_INDEXER_PARTS == LSA_Q_NORM;
-    const double wd = costs || (norm && !r->decay_norm) ? 0.0 : r->weight_decay;
+    const bool extra = begin >= lsa_indexer_costs_at(&t->g), norm = no % LSA_INDEXER_PARTS == LSA_Q_NORM;
+    const double wd = extra || (norm && !r->decay_norm) ? 0.0 : r->weight_decay;
     return lsa_adamw(t->ctx,
                      &(lsa_adamw_args){end - begin, t->updates, (float)lr, (float)r->beta1, (float)r->beta2,
                                        (float)r->eps, (float)wd, (float)scale, t->grad + begin, t->p + begin,
@@ -431,7 +484,8 @@ static lsa_status update(lsa_trainer *t, double lr, double scale, lsa_err *err) 
                           end = lsa_min_i64(slice[i].end, x.offset + x.n);
             if (begin >= end) continue;
             LSA_TRY(update_range(t, k, begin, end, slice[i].at + begin - slice[i].begin, lr, scale, err));
-            if (begin >= lsa_indexer_costs_at(&t->g)) LSA_TRY(project_costs(t, begin, end, err));
+            if (begin >= lsa_indexer_costs_at(&t->g) && begin < lsa_indexer_prior_at(&t->g))
+                LSA_TRY(project_costs(t, begin, end, err));
         }
     if (t->sharded) LSA_TRY(lsa_reduce_share(t->reduce, t->p, err));
 done:
@@ -473,13 +527,10 @@ lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batc
     if (t->comm) lsa_comm_tick(t->comm, "training");
     if (t->r->ensemble == LSA_ON_SUM) {
         for (int32_t l = 0; l < L; l++) LSA_TRY(score(t, b, l, l > 0, err));
-        if (t->g.reach) {
-            LSA_TRY(continue_scores(t, b, err));
-            LSA_TRY(loss(t, b, &n, 1.0, t->zc, t->zc, err));
-            LSA_TRY(continue_backward(t, b, err));
-        } else {
-            LSA_TRY(loss(t, b, &n, 1.0, t->z, t->dz, err));
-        }
+        if (t->g.prior) LSA_TRY(add_prior(t, b, err));
+        if (t->g.reach) LSA_TRY(continue_scores(t, b, err));
+        LSA_TRY(t->g.reach ? loss(t, b, &n, 1.0, t->zc, t->zc, err) : loss(t, b, &n, 1.0, t->z, t->dz, err));
+        if (lsa_indexer_n_extra(&t->g)) LSA_TRY(extra_backward(t, b, err));
         for (int32_t l = 0; l < L; l++) LSA_TRY(backward(t, b, l, err));
     } else {
         for (int32_t l = 0; l < L; l++) {

@@ -4,7 +4,8 @@
  * The costs of a continuation are trained with the rest: in the clipped norm, without weight decay (which
  * would pull towards lending for nothing), and set back to 0 where an update made them negative. Projection
  * and not a softplus, because 0 must be reachable, a checkpoint then holds the costs themselves, and the rate
- * at which they move does not depend on where they stand. */
+ * at which they move does not depend on where they stand. The weights of the observed-mass prior are trained
+ * likewise, without decay (towards ignoring what was read) and without a bound. */
 #ifndef LSA_TRAINER_STEP_H
 #define LSA_TRAINER_STEP_H
 
@@ -31,6 +32,9 @@ LSA_NODISCARD lsa_status lsa_trainer_get(lsa_trainer *t, float *params, float *m
 /* XXH64 of the parameters; host backends. */
 uint64_t lsa_trainer_hash(const lsa_trainer *t);
 
+/* Weights of the observed-mass prior; nothing without one. */
+LSA_NODISCARD lsa_status lsa_trainer_prior(lsa_trainer *t, float weight[LSA_PRIOR_WEIGHTS], lsa_err *err);
+
 /* Costs of the continuation: geometry's reach of them. */
 LSA_NODISCARD lsa_status lsa_trainer_costs(lsa_trainer *t, float costs[LSA_MAX_REACH], lsa_err *err);
 
@@ -46,8 +50,9 @@ typedef struct lsa_step_result {
 LSA_NODISCARD lsa_status lsa_trainer_step(lsa_step_result *out, lsa_trainer *t, const lsa_batch *b,
                                           int64_t step, lsa_err *err);
 
-/* Logits of every joint layer for a batch without labels: z (host) [n_layer, m, n]. Their sum is not
- * continued: lsa_continue with lsa_trainer_costs does that. */
+/* Logits of every joint layer for a batch without labels: z (host) [n_layer, m, n]. Their sum has no prior
+ * (lsa_prior_value of the batch's features with lsa_trainer_prior) and is not continued (lsa_continue with
+ * lsa_trainer_costs). */
 LSA_NODISCARD lsa_status lsa_trainer_score(lsa_trainer *t, const lsa_batch *b, float *z, lsa_err *err);
 
 /* Learning rate of a step: linear warm-up, then cosine to min_lr over the steps left, or constant. */

@@ -48,11 +48,13 @@ struct lsa_idx {
 LSA_NODISCARD lsa_status lsa_idx_host_init(lsa_idx_host *h, const lsa_idx_shared *s, lsa_err *err);
 void lsa_idx_host_fini(lsa_idx_host *h);
 
-/* The three calls on the CPU; arguments are those of lsa_indexer.h, checked as far as both devices can. */
+/* The calls on the CPU; arguments are those of lsa_indexer.h, checked as far as both devices can. */
 LSA_NODISCARD lsa_status lsa_idx_host_query(lsa_idx *x, int32_t layer, int32_t m, const uint16_t *hidden,
                                             const int64_t *position, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_idx_host_score(lsa_idx *x, int32_t layer, int32_t m, const lsa_idx_keys *keys,
                                             float *logit, int64_t ld, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_idx_host_observe(float *state, int64_t ld, int64_t n, const int32_t *chunk,
+                                              const float *mass, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_idx_host_select(lsa_idx *x, int32_t m, const lsa_select_rule *rule,
                                              const float *logit, int64_t ld, const int64_t *n_chunk,
                                              int32_t *out, int64_t ld_out, int32_t *n_out, lsa_err *err);

@@ -1,4 +1,5 @@
 /* The server ABI on the CPU: see handle.h. Nothing here allocates after lsa_idx_host_init. */
+#include <math.h>
 #include <omp.h>
 #include <string.h>
 
@@ -101,6 +102,19 @@ done:
     return st;
 }
 
+lsa_status lsa_idx_host_observe(float *state, int64_t ld, int64_t n, const int32_t *chunk, const float *mass,
+                                lsa_err *err) {
+    for (int64_t i = 0; i < n; i++)
+        if (chunk[i] < 0 || chunk[i] >= ld || !(mass[i] >= 0) || !isfinite(mass[i]))
+            LSA_RET_FAIL(
+                LSA_E_ARG,
+                "observe: entry %lld: chunk %d with mass %g; expected a chunk in [0, %lld) and a finite "
+                "mass of at least 0",
+                (long long)i, chunk[i], (double)mass[i], (long long)ld);
+    lsa_select_observe(state, ld, n, chunk, mass);
+    return LSA_OK;
+}
+
 lsa_status lsa_idx_host_select(lsa_idx *x, int32_t m, const lsa_select_rule *rule, const float *logit,
                                int64_t ld, const int64_t *n_chunk, int32_t *out, int64_t ld_out,
                                int32_t *n_out, lsa_err *err) {
@@ -113,7 +127,9 @@ lsa_status lsa_idx_host_select(lsa_idx *x, int32_t m, const lsa_select_rule *rul
                      i, (long long)n_chunk[i], (long long)most, (long long)ld, (long long)x->s->max_chunks);
     for (int32_t i = 0; i < m; i++) {
         int64_t n;
-        LSA_TRY(lsa_select(x->host.id, &n, x->host.score, rule, logit + i * ld, m * ld, n_chunk[i], err));
+        lsa_select_rule one = *rule;
+        if (rule->observed) one.observed = rule->observed + i;
+        LSA_TRY(lsa_select(x->host.id, &n, x->host.score, &one, logit + i * ld, m * ld, n_chunk[i], err));
         n = lsa_min_i64(n, ld_out);
         memcpy(out + i * ld_out, x->host.id, (size_t)n * sizeof *out);
         n_out[i] = (int32_t)n;

@@ -286,15 +286,57 @@ int lsa_idx_score(lsa_idx *x, int32_t layer, int32_t m, const lsa_idx_keys *keys
     return finish(score(x, layer, m, keys, logit, ld, stream, &err), &err, error);
 }
 
+int lsa_idx_has_prior(const lsa_idx *x) {
+    return x && x->s->e.prior;
+}
+
+static lsa_status need_prior(const lsa_idx *x, const char *what, lsa_err *err) {
+    if (!x->s->e.prior)
+        LSA_RET_FAIL(LSA_E_CONFIG,
+                     "%s: this export was trained without an observed-mass prior; masses add nothing: call "
+                     "lsa_idx_select",
+                     what);
+    return LSA_OK;
+}
+
+static lsa_status observe(lsa_idx *x, float *state, int64_t ld, int64_t n, const int32_t *chunk,
+                          const float *mass, void *stream, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(check_call(x, "observe", 0, 0, err));
+    LSA_TRY(need_prior(x, "observe", err));
+    LSA_TRY(check_rows("observe", "state", state, sizeof *state, 2, ld, err));
+    if (n < 0) LSA_FAIL(LSA_E_ARG, "observe: %lld chunks", (long long)n);
+    if (n > 0) LSA_TRY(check_rows("observe", "chunk", chunk, sizeof *chunk, n, 1, err));
+    if (n > 0) LSA_TRY(check_rows("observe", "mass", mass, sizeof *mass, n, 1, err));
+    if (x->gpu)
+        LSA_TRY(lsa_gpu_retriever_observe(x->gpu, state, ld, n, chunk, mass, stream, err));
+    else
+        LSA_TRY(lsa_idx_host_observe(state, ld, n, chunk, mass, err));
+done:
+    return st;
+}
+
+int lsa_idx_observe(lsa_idx *x, float *state, int64_t ld, int64_t n, const int32_t *chunk, const float *mass,
+                    void *stream, char *error) {
+    lsa_err err = {0};
+    return finish(observe(x, state, ld, n, chunk, mass, stream, &err), &err, error);
+}
+
+/* state NULL: nothing was observed. */
 static lsa_status select_chunks(lsa_idx *x, int32_t m, const lsa_idx_rule *rule, const float *logit,
-                                int64_t ld, const int64_t *n_chunk, int32_t *out, int64_t ld_out,
-                                int32_t *n_out, void *stream, lsa_err *err) {
+                                int64_t ld, const int64_t *n_chunk, const float *const *state,
+                                int64_t ld_state, int32_t *out, int64_t ld_out, int32_t *n_out, void *stream,
+                                lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_select_rule r;
     LSA_TRY(check_call(x, "select", 0, m, err));
     if (!rule) LSA_FAIL(LSA_E_ARG, "select: rule must not be NULL");
     LSA_TRY(lsa_idx_resolve(&r, &x->s->e, rule, err));
     if (m == 0) goto done;
+    if (state) LSA_TRY(check_rows("select", "state", state, sizeof(void *), m, 1, err));
+    if (state && ld_state < 1) LSA_FAIL(LSA_E_ARG, "select: states of %lld chunks", (long long)ld_state);
+    r.observed = state;
+    r.observed_ld = ld_state;
     LSA_TRY(check_rows("select", "logit", logit, sizeof *logit, (int64_t)m * r.n_layer, ld, err));
     LSA_TRY(check_rows("select", "n_chunk", n_chunk, sizeof *n_chunk, m, 1, err));
     LSA_TRY(check_rows("select", "out", out, sizeof *out, m, ld_out, err));
@@ -311,6 +353,17 @@ int lsa_idx_select(lsa_idx *x, int32_t m, const lsa_idx_rule *rule, const float 
                    const int64_t *n_chunk, int32_t *out, int64_t ld_out, int32_t *n_out, void *stream,
                    char *error) {
     lsa_err err = {0};
-    return finish(select_chunks(x, m, rule, logit, ld, n_chunk, out, ld_out, n_out, stream, &err), &err,
-                  error);
+    return finish(select_chunks(x, m, rule, logit, ld, n_chunk, NULL, 0, out, ld_out, n_out, stream, &err),
+                  &err, error);
+}
+
+int lsa_idx_select_observed(lsa_idx *x, int32_t m, const lsa_idx_rule *rule, const float *logit, int64_t ld,
+                            const int64_t *n_chunk, const float *const *state, int64_t ld_state, int32_t *out,
+                            int64_t ld_out, int32_t *n_out, void *stream, char *error) {
+    lsa_err err = {0};
+    lsa_status st = check_call(x, "select", 0, m, &err);
+    if (st == LSA_OK) st = need_prior(x, "select_observed", &err);
+    if (st == LSA_OK)
+        st = select_chunks(x, m, rule, logit, ld, n_chunk, state, ld_state, out, ld_out, n_out, stream, &err);
+    return finish(st, &err, error);
 }

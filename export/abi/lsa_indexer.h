@@ -3,6 +3,7 @@
  *     query    hidden vector and position of a request -> query of a joint layer (kept in the handle)
  *     score    index keys of a request                 -> one logit for each visible chunk
  *     select   logits of all joint layers              -> the chunk ids or pages to keep on the GPU
+ *     observe  what attention read in a window         -> the state of a request that select_observed adds
  *
  * C99 and C++11, nothing but this header and liblsa_indexer. A worked example: export/abi/README.md. Every
  * function returns 0 or a code (LSA_IDX_E_*) and then leaves one message in error[LSA_IDX_ERROR] (NULL: no
@@ -20,9 +21,10 @@
  * Arrays are aligned to their element; m = 0 is a valid call that does nothing.
  *
  * Checks: scalars, pointers and alignment on both devices. What arrays hold (positions, numbers of chunks,
- * pages) is checked on the CPU only; a GPU cuts a request's chunks at ld and max_chunks and trusts its pages.
- * A hidden vector that is not finite is no error: its logits are NaN on both devices and lsa_idx_select never
- * keeps a NaN, so that such a request is left with its sink and tail (in page mode other pages fill up k).
+ * pages, masses) is checked on the CPU only; a GPU cuts a request's chunks at ld and max_chunks and trusts
+ * its pages and states. A hidden vector that is not finite is no error: its logits are NaN on both devices
+ * and lsa_idx_select never keeps a NaN, so that such a request is left with its sink and tail (in page mode
+ * other pages fill up k).
  *
  * Determinism: the same call on the same contents gives the same bits on one device, whatever the threads.
  * Selection from equal logits is the same set on every device.
@@ -142,6 +144,29 @@ typedef struct lsa_idx_rule {
 LSA_IDX_API int lsa_idx_select(lsa_idx *x, int32_t m, const lsa_idx_rule *rule, const float *logit,
                                int64_t ld, const int64_t *n_chunk, int32_t *out, int64_t ld_out,
                                int32_t *n_out, void *stream, char *error);
+
+/* 1: the export was trained with an observed-mass prior: report what attention read (observe) and select with
+ * it (select_observed). lsa_idx_select of such an export ranks without; the model card says what that loses.
+ */
+LSA_IDX_API int lsa_idx_has_prior(const lsa_idx *x);
+
+/* The state of one request, the caller's own memory: f32 [2, ld], the masses of the window just decoded, then
+ * a decayed memory of the windows before; all 0 when the request begins. Call observe when a window has
+ * ended, before the select of the next: chunk [n] (each at most once, in [0, ld)) and mass [n], the attention
+ * probability on the chunk, mean over all CSA layers, heads and tokens of the window, those that did not
+ * select it counting 0; chunks left out have none. A prompt is observed as windows cut at multiples of info's
+ * tau, the last one shorter, with what its prefill attended to. LSA_IDX_E_CONFIG: an export without a prior.
+ */
+LSA_IDX_API int lsa_idx_observe(lsa_idx *x, float *state, int64_t ld, int64_t n, const int32_t *chunk,
+                                const float *mass, void *stream, char *error);
+
+/* As lsa_idx_select, with state [m]: one state for each request, f32 [2, ld_state], ld_state at least its
+ * n_chunk (on a GPU not checked), or NULL: nothing observed. The export's prior of the masses is added to the
+ * sum of the logits, before a continuation. */
+LSA_IDX_API int lsa_idx_select_observed(lsa_idx *x, int32_t m, const lsa_idx_rule *rule, const float *logit,
+                                        int64_t ld, const int64_t *n_chunk, const float *const *state,
+                                        int64_t ld_state, int32_t *out, int64_t ld_out, int32_t *n_out,
+                                        void *stream, char *error);
 
 #ifdef __cplusplus
 }

@@ -20,6 +20,8 @@ lsa_status lsa_idx_export_read(lsa_idx_export *e, const lsa_indexer_file *f, con
     e->reach = f->geom.reach;
     if (e->reach)
         memcpy(e->cost, f->params + lsa_indexer_costs_at(&f->geom), (size_t)e->reach * sizeof *e->cost);
+    e->prior = f->geom.prior;
+    if (e->prior) memcpy(e->prior_weight, f->params + lsa_indexer_prior_at(&f->geom), sizeof e->prior_weight);
     if (!f->calibration) goto done;
     LSA_TRY(LSA_NEW(c, 1, err));
     LSA_TRY(lsa_calibration_from_json(c, f->calibration, f->geom.ord, f->geom.n_layer, where, err));
@@ -85,6 +87,12 @@ lsa_status lsa_idx_resolve(lsa_select_rule *r, const lsa_idx_export *e, const ls
                  "rule: this export's score is the sum of the logits with a continuation, which ensemble %s "
                  "would leave out; use the sum, or LSA_IDX_EXPORTED",
                  lsa_ensemble_name((lsa_ensemble)r->score));
+    if (e->prior && r->score != LSA_SCORE_SUM)
+        LSA_FAIL(LSA_E_CONFIG,
+                 "rule: this export's score is the sum of the logits with observed masses, which ensemble %s "
+                 "would leave out; use the sum, or LSA_IDX_EXPORTED",
+                 lsa_ensemble_name((lsa_ensemble)r->score));
+    memcpy(r->prior, e->prior_weight, sizeof r->prior);
     r->reach = e->reach;
     memcpy(r->cost, e->cost, sizeof r->cost);
     if (rule->mode == LSA_IDX_TOPK || rule->mode == LSA_IDX_PAGES) r->k = rule->k;

@@ -21,6 +21,8 @@ typedef struct lsa_idx_export {
     int64_t knot[LSA_SELECT_KNOTS];
     int32_t reach; /* of the continuation */
     float cost[LSA_MAX_REACH];
+    bool prior; /* observed masses are added */
+    float prior_weight[LSA_PRIOR_WEIGHTS];
     float threshold[LSA_CALIB_SCORES][LSA_CALIB_BUDGETS]
                    [LSA_SELECT_KNOTS]; /* at lsa_calib_target's budgets */
 } lsa_idx_export;

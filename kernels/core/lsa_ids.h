@@ -21,6 +21,11 @@ typedef struct lsa_layer_id {
 #define LSA_KEY_BYTES  132 /* one index key row: 128 E4M3 codes, then one little-endian fp32 scale */
 #define LSA_MAX_REACH  64  /* following chunks that a score may continue to (kernels/continuation.h) */
 
+/* Observed-mass prior (kernels/prior.h). */
+#define LSA_PRIOR_WEIGHTS 2
+#define LSA_PRIOR_DECAY   0.9f  /* of the memory, a window */
+#define LSA_PRIOR_UNIT    1e-3f /* mass at which a feature leaves its linear part */
+
 /* Chunks visible to the query token at 0-based `position`. */
 static inline int64_t lsa_visible(int64_t position) {
     return (position + 1) / LSA_CHUNK;

@@ -12,6 +12,7 @@
 #include "kernels/cpu/score.h"
 #include "kernels/host_memory.h"
 #include "kernels/continuation.h"
+#include "kernels/prior.h"
 #include "kernels/ref/rows.h"
 
 enum { ROWS_PER_BLOCK = 32, BLOCK = 65536 };
@@ -75,6 +76,42 @@ static lsa_status indexer_score_fwd(lsa_ctx *c, const lsa_indexer_score_fwd_args
 static lsa_status indexer_score_bwd(lsa_ctx *c, const lsa_indexer_score_bwd_args *a, lsa_err *err) {
     (void)c;
     return lsa_cpu_score_bwd(a, err);
+}
+
+static lsa_status prior_fwd(lsa_ctx *c, const lsa_prior_fwd_args *a, lsa_err *err) {
+    (void)c, (void)err;
+#pragma omp parallel for schedule(static) if (a->m > 1)
+    for (int64_t i = 0; i < a->m; i++) {
+        float *z = a->z + i * a->n;
+        const float *recent = a->recent + i * a->n, *memory = a->memory + i * a->n;
+        for (int64_t j = 0; j < a->n_cand[i] && j < a->n; j++)
+            z[j] += lsa_prior_value(a->weight, recent[j], memory[j]);
+    }
+    return LSA_OK;
+}
+
+static lsa_status prior_bwd(lsa_ctx *c, const lsa_prior_bwd_args *a, lsa_err *err) {
+    (void)c;
+    lsa_status st = LSA_OK;
+    double *sum = NULL; /* [m, 2] */
+    LSA_TRY(LSA_NEW(sum, a->m * LSA_PRIOR_WEIGHTS, err));
+#pragma omp parallel for schedule(static) if (a->m > 1)
+    for (int64_t i = 0; i < a->m; i++) {
+        double s0 = 0, s1 = 0;
+        for (int64_t j = i * a->n, end = j + lsa_min_i64(a->n_cand[i], a->n); j < end; j++) {
+            s0 += (double)a->dz[j] * (double)a->recent[j];
+            s1 += (double)a->dz[j] * (double)a->memory[j];
+        }
+        sum[i * LSA_PRIOR_WEIGHTS] = s0, sum[i * LSA_PRIOR_WEIGHTS + 1] = s1;
+    }
+    for (int k = 0; k < LSA_PRIOR_WEIGHTS; k++) {
+        double s = 0;
+        for (int64_t i = 0; i < a->m; i++) s += sum[i * LSA_PRIOR_WEIGHTS + k];
+        a->dweight[k] = (float)s;
+    }
+done:
+    lsa_free(sum);
+    return st;
 }
 
 static lsa_status continuation_fwd(lsa_ctx *c, const lsa_continuation_fwd_args *a, lsa_err *err) {

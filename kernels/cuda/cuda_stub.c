@@ -41,6 +41,11 @@ lsa_status lsa_gpu_retriever_score(lsa_gpu_retriever *x, int32_t layer, int32_t 
     (void)x, (void)layer, (void)m, (void)keys, (void)logit, (void)ld, (void)stream;
     NO_CUDA;
 }
+lsa_status lsa_gpu_retriever_observe(lsa_gpu_retriever *x, float *state, int64_t ld, int64_t n,
+                                     const int32_t *chunk, const float *mass, void *stream, lsa_err *err) {
+    (void)x, (void)state, (void)ld, (void)n, (void)chunk, (void)mass, (void)stream;
+    NO_CUDA;
+}
 lsa_status lsa_gpu_retriever_select(lsa_gpu_retriever *x, int32_t m, const lsa_select_rule *rule,
                                     const float *logit, int64_t ld, const int64_t *n_chunk, int32_t *out,
                                     int64_t ld_out, int32_t *n_out, void *stream, lsa_err *err) {

@@ -46,6 +46,11 @@ LSA_NODISCARD lsa_status lsa_gpu_retriever_query(lsa_gpu_retriever *x, int32_t l
 LSA_NODISCARD lsa_status lsa_gpu_retriever_score(lsa_gpu_retriever *x, int32_t layer, int32_t m,
                                                  const lsa_gpu_keys *keys, float *logit, int64_t ld,
                                                  void *stream, lsa_err *err);
+/* A window of one request has ended: state f32 [2, ld] as in select.h moves on, and mass[n] are the masses of
+ * chunks chunk[n], which differ; an id outside [0, ld) is passed over. */
+LSA_NODISCARD lsa_status lsa_gpu_retriever_observe(lsa_gpu_retriever *x, float *state, int64_t ld, int64_t n,
+                                                   const int32_t *chunk, const float *mass, void *stream,
+                                                   lsa_err *err);
 /* logit [n_layer, m, ld] (layer stride m * ld), n_chunk i64 [m]; out i32 [m, ld_out], n_out i32 [m]. What
  * does not fit ld_out is left out, highest ids first. rule: host, copied. */
 LSA_NODISCARD lsa_status lsa_gpu_retriever_select(lsa_gpu_retriever *x, int32_t m,

@@ -55,26 +55,41 @@ int64_t lsa_indexer_layer_params(const lsa_indexer_geom *g) {
 int64_t lsa_indexer_costs_at(const lsa_indexer_geom *g) {
     return g->n_layer * lsa_indexer_layer_params(g);
 }
-int64_t lsa_indexer_n_param(const lsa_indexer_geom *g) {
+int64_t lsa_indexer_prior_at(const lsa_indexer_geom *g) {
     return lsa_indexer_costs_at(g) + g->reach;
+}
+int64_t lsa_indexer_n_extra(const lsa_indexer_geom *g) {
+    return g->reach + (g->prior ? LSA_PRIOR_WEIGHTS : 0);
+}
+int64_t lsa_indexer_n_param(const lsa_indexer_geom *g) {
+    return lsa_indexer_costs_at(g) + lsa_indexer_n_extra(g);
 }
 
 int64_t lsa_indexer_n_tensor(const lsa_indexer_geom *g) {
-    return (int64_t)g->n_layer * LSA_INDEXER_PARTS + (g->reach > 0);
+    return (int64_t)g->n_layer * LSA_INDEXER_PARTS + (g->reach > 0) + g->prior;
 }
 lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i) {
-    if (i < (int64_t)g->n_layer * LSA_INDEXER_PARTS)
+    const int64_t parts = (int64_t)g->n_layer * LSA_INDEXER_PARTS;
+    if (i < parts)
         return lsa_indexer_tensor_at(g, (int32_t)(i / LSA_INDEXER_PARTS),
                                      (lsa_indexer_part)(i % LSA_INDEXER_PARTS));
-    return (lsa_indexer_tensor){.name = "continuation",
+    if (i == parts && g->reach > 0)
+        return (lsa_indexer_tensor){.name = "continuation",
+                                    .n_dim = 1,
+                                    .shape = {g->reach, 1},
+                                    .offset = lsa_indexer_costs_at(g),
+                                    .n = g->reach};
+    return (lsa_indexer_tensor){.name = "prior",
                                 .n_dim = 1,
-                                .shape = {g->reach, 1},
-                                .offset = lsa_indexer_costs_at(g),
-                                .n = g->reach};
+                                .shape = {LSA_PRIOR_WEIGHTS, 1},
+                                .offset = lsa_indexer_prior_at(g),
+                                .n = LSA_PRIOR_WEIGHTS};
 }
 
-void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g) {
-    for (int32_t j = 0; j < g->reach; j++) params[lsa_indexer_costs_at(g) + j] = LSA_COST_START;
+void lsa_indexer_start_extra(float *params, const lsa_indexer_geom *g) {
+    float *const at = params + lsa_indexer_costs_at(g);
+    for (int64_t j = 0; j < lsa_indexer_n_extra(g); j++)
+        at[j] = j < g->reach ? LSA_COST_START : LSA_PRIOR_START;
 }
 
 lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char *where, lsa_err *err) {
@@ -86,6 +101,14 @@ lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char 
             LSA_RET_FAIL(LSA_E_FORMAT,
                          "%s: continuation: b_%lld is %g; expected a finite number of at least 0", where,
                          (long long)j + 1, (double)cost[j]);
+    return LSA_OK;
+}
+
+lsa_status lsa_indexer_prior_check(const float weight[LSA_PRIOR_WEIGHTS], const char *where, lsa_err *err) {
+    for (int k = 0; k < LSA_PRIOR_WEIGHTS; k++)
+        if (!isfinite(weight[k]))
+            LSA_RET_FAIL(LSA_E_FORMAT, "%s: prior: w_%d is %g; expected a finite number", where, k + 1,
+                         (double)weight[k]);
     return LSA_OK;
 }
 
@@ -105,7 +128,7 @@ void lsa_indexer_init_random(float *params, const lsa_indexer_geom *g, uint64_t 
             else
                 fill_uniform(params + t.offset, t.n, t.shape[1], seed, g->ord[l].v, p);
         }
-    lsa_indexer_start_costs(params, g);
+    lsa_indexer_start_extra(params, g);
 }
 
 /* NUMERIC: with the new Wa rows zero the mean square spans r instead of r0 values, so rms shrinks by
@@ -125,7 +148,15 @@ lsa_status lsa_indexer_widen(float *dst, const lsa_indexer_geom *dg, const float
             "the initial checkpoint has a continuation over %d chunks, this run one over %d, which would be "
             "another score; set model.continuation: %d",
             sg->reach, dg->reach, sg->reach);
+    if (sg->prior && !dg->prior)
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "the initial checkpoint has an observed-mass prior, this run none, which would be another "
+            "score; set model.prior: true");
     lsa_indexer_init_random(dst, dg, seed);
+    if (sg->prior)
+        memcpy(dst + lsa_indexer_prior_at(dg), src + lsa_indexer_prior_at(sg),
+               LSA_PRIOR_WEIGHTS * sizeof *dst);
     if (sg->reach)
         memcpy(dst + lsa_indexer_costs_at(dg), src + lsa_indexer_costs_at(sg),
                (size_t)sg->reach * sizeof *dst);

@@ -3,8 +3,9 @@
  * One layer, hidden x (bf16 values in f32), position pos (notes 5.1): a = Wa x; u = g*a/rms(a); q = Wb u as
  * [H,128]; RoPE on the last rope channels; Hadamard/sqrt(128); w = Ww x * c with c = 128^-1/2 * H^-1/2; logit
  * z_s = sum_h w_h max(0, k_s . q_h). All layers live in one flat f32 buffer, then the costs of the
- * continuation (continuation.h), which belong to the sum of the layers' logits; the table says where. Readers
- * of the table: trainer, checkpoint, export, infer. Pure functions, thread-safe. */
+ * continuation (continuation.h) and the weights of the observed-mass prior (prior.h), which belong to the sum
+ * of the layers' logits; the table says where. Readers of the table: trainer, checkpoint, export, infer. Pure
+ * functions, thread-safe. */
 #ifndef LSA_KERNELS_MODEL_INDEXER_H
 #define LSA_KERNELS_MODEL_INDEXER_H
 
@@ -27,6 +28,7 @@ typedef struct lsa_indexer_geom {
     lsa_csa_ord ord[LSA_MAX_CSA];
     lsa_layer_id id[LSA_MAX_CSA];
     int32_t reach; /* of the continuation on the sum of the logits, 0: none */
+    bool prior;    /* observed mass is added to the sum of the logits */
 } lsa_indexer_geom;
 
 /* LSA_E_CONFIG names the field that is out of range. */
@@ -54,7 +56,14 @@ int64_t lsa_indexer_layer_params(const lsa_indexer_geom *g); /* one layer's */
 
 /* Where the costs b_1 .. b_reach lie: [reach], after all layers; tensor "continuation" of a checkpoint. */
 int64_t lsa_indexer_costs_at(const lsa_indexer_geom *g);
-/* All tensors in flat order, i < lsa_indexer_n_tensor(g): the layers' parts, then the costs if reach > 0. */
+/* Where the weights of the prior lie: [LSA_PRIOR_WEIGHTS], after the costs; tensor "prior" of a checkpoint.
+ */
+int64_t lsa_indexer_prior_at(const lsa_indexer_geom *g);
+/* Numbers behind all layers, at most LSA_MAX_EXTRA: costs and weights of the prior. */
+int64_t lsa_indexer_n_extra(const lsa_indexer_geom *g);
+enum { LSA_MAX_EXTRA = LSA_MAX_REACH + LSA_PRIOR_WEIGHTS };
+/* All tensors in flat order, i < lsa_indexer_n_tensor(g): the layers' parts, then the costs if reach > 0,
+ * then the prior's weights if there is a prior. */
 int64_t lsa_indexer_n_tensor(const lsa_indexer_geom *g);
 lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i);
 
@@ -62,10 +71,16 @@ lsa_indexer_tensor lsa_indexer_tensor_no(const lsa_indexer_geom *g, int64_t i);
  * neither hides what a layer has to learn (0: every chunk begins as the best of its last 17) nor waits until
  * scores have grown past it. */
 #define LSA_COST_START 1.0f
-void lsa_indexer_start_costs(float *params, const lsa_indexer_geom *g);
+/* What the prior's weights start at: what was read is worth a little from the first step on, so that the
+ * layers learn what it does not say. */
+#define LSA_PRIOR_START 0.5f
+void lsa_indexer_start_extra(float *params, const lsa_indexer_geom *g);
 /* LSA_E_FORMAT unless reach is in [0, LSA_MAX_REACH] and every cost finite and >= 0; `where` begins the
  * message. */
 LSA_NODISCARD lsa_status lsa_indexer_costs_check(const float *cost, int64_t reach, const char *where,
+                                                 lsa_err *err);
+/* LSA_E_FORMAT unless both weights of the prior are finite. */
+LSA_NODISCARD lsa_status lsa_indexer_prior_check(const float weight[LSA_PRIOR_WEIGHTS], const char *where,
                                                  lsa_err *err);
 
 /* params (host, [n_param]): matrices uniform in +-1/sqrt(fan_in) from Philox(seed, tensor), q_norm 1, costs

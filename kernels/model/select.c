@@ -13,6 +13,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 #include "kernels/continuation.h"
+#include "kernels/prior.h"
 #include "kernels/model/sigmoid.h"
 
 enum { PAGE_BITS = 25 }; /* chunks have 31 bits */
@@ -84,6 +85,10 @@ lsa_status lsa_select_check(const lsa_select_rule *r, lsa_err *err) {
     }
     if (r->reach && r->score != LSA_SCORE_SUM)
         LSA_RET_FAIL(LSA_E_ARG, "select: a continuation belongs to the sum of the logits");
+    if (r->observed && r->score != LSA_SCORE_SUM)
+        LSA_RET_FAIL(LSA_E_ARG, "select: observed masses belong to the sum of the logits");
+    if (r->observed && (!isfinite(r->prior[0]) || !isfinite(r->prior[1])))
+        LSA_RET_FAIL(LSA_E_ARG, "select: the weights of the prior must be finite");
     for (int32_t j = 0; j < r->reach; j++)
         if (!(r->cost[j] >= 0) || !isfinite(r->cost[j]))
             LSA_RET_FAIL(LSA_E_ARG, "select: cost %d of the continuation must be finite and at least 0",
@@ -127,6 +132,19 @@ static void scores(float *restrict score, const lsa_select_rule *r, const float 
         }
     }
     for (int64_t c = 0; r->score == LSA_SCORE_MEAN && c < n; c++) score[c] /= (float)r->n_layer;
+}
+
+void lsa_select_observe(float *state, int64_t ld, int64_t n, const int32_t *chunk, const float *mass) {
+    lsa_prior_end_window(state, state + ld, ld);
+    for (int64_t i = 0; i < n; i++) state[chunk[i]] = mass[i];
+}
+
+static void add_prior(float *restrict score, const lsa_select_rule *r, const float *restrict observed,
+                      int64_t n) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; c++)
+        score[c] += lsa_prior_value(r->prior, lsa_prior_feature(observed[c]),
+                                    lsa_prior_feature(observed[r->observed_ld + c]));
 }
 
 /* Larger floats have larger codes, -0 and 0 the same; NaN 0, below -infinity's. */
@@ -192,6 +210,9 @@ lsa_status lsa_select(int32_t *out, int64_t *n_out, float *score, const lsa_sele
     int64_t m = 0;
     *n_out = 0;
     LSA_TRY(lsa_select_check(r, err));
+    if (r->observed && r->observed[0] && r->observed_ld < n)
+        LSA_FAIL(LSA_E_ARG, "select: observed masses of %lld chunks, %lld are visible",
+                 (long long)r->observed_ld, (long long)n);
     if (n < 0 || n > INT32_MAX)
         LSA_FAIL(LSA_E_ARG, "select: chunks must be in [0, 2^31), found %lld", (long long)n);
     if (r->n_layer > 1 && stride < n)
@@ -202,6 +223,7 @@ lsa_status lsa_select(int32_t *out, int64_t *n_out, float *score, const lsa_sele
         score = own;
     }
     scores(score, r, logit, stride, n);
+    if (r->observed && r->observed[0]) add_prior(score, r, r->observed[0], n);
     if (r->reach) lsa_continue(score, NULL, score, n, r->cost, r->reach);
     const span e = evictable(r, n);
     const bool pages = r->mode == LSA_SELECT_PAGES;

@@ -10,11 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __CUDACC__
-#define LSA_HOST_DEVICE __host__ __device__
-#else
-#define LSA_HOST_DEVICE
-#endif
+#include "kernels/core/host_device.h"
 
 LSA_HOST_DEVICE static inline float lsa_sigmoid(float x) {
     const float round = 12582912.0f; /* 1.5 x 2^23: adding it leaves the nearest integer in the low bits */

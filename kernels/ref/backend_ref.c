@@ -84,10 +84,17 @@ static lsa_status indexer_score_bwd(lsa_ctx *c, const lsa_indexer_score_bwd_args
     }
 ROWS(rmsnorm_fwd, lsa_row_rmsnorm_fwd)
 ROWS(rope_hadamard, lsa_row_rope_hadamard)
+ROWS(prior_fwd, lsa_row_prior_fwd)
 ROWS(continuation_fwd, lsa_row_continuation_fwd)
 ROWS(loss_pointwise, lsa_row_loss_pointwise)
 ROWS(loss_pairwise, lsa_row_loss_pairwise)
 ROWS(loss_kl, lsa_row_loss_kl)
+
+static lsa_status prior_bwd(lsa_ctx *c, const lsa_prior_bwd_args *a, lsa_err *err) {
+    (void)c, (void)err;
+    for (int k = 0; k < LSA_PRIOR_WEIGHTS; k++) a->dweight[k] = lsa_col_prior_dweight(a, k);
+    return LSA_OK;
+}
 
 static lsa_status continuation_bwd(lsa_ctx *c, const lsa_continuation_bwd_args *a, lsa_err *err) {
     (void)c, (void)err;

@@ -65,6 +65,23 @@ void lsa_row_rope_hadamard(const lsa_rope_hadamard_args *a, int64_t i) {
     }
 }
 
+void lsa_row_prior_fwd(const lsa_prior_fwd_args *a, int64_t i) {
+    for (int64_t c = 0; c < a->n && c < a->n_cand[i]; c++) {
+        const int64_t k = i * a->n + c;
+        const float older = a->weight[1] * a->memory[k];
+        a->z[k] += fmaf(a->weight[0], a->recent[k], older);
+    }
+}
+
+float lsa_col_prior_dweight(const lsa_prior_bwd_args *a, int k) {
+    const float *f = k ? a->memory : a->recent;
+    double s = 0;
+    for (int64_t i = 0; i < a->m; i++)
+        for (int64_t c = i * a->n; c < i * a->n + a->n && c < i * a->n + a->n_cand[i]; c++)
+            s += (double)a->dz[c] * (double)f[c];
+    return (float)s;
+}
+
 void lsa_row_continuation_fwd(const lsa_continuation_fwd_args *a, int64_t i) {
     const float *z = a->z + i * a->n;
     for (int64_t c = 0; c < a->n; c++) {

@@ -10,6 +10,9 @@ void lsa_row_rmsnorm_fwd(const lsa_rmsnorm_fwd_args *a, int64_t i);
 void lsa_row_rmsnorm_dx(const lsa_rmsnorm_bwd_args *a, int64_t i);
 void lsa_col_rmsnorm_dg(const lsa_rmsnorm_bwd_args *a, int64_t j);
 void lsa_row_rope_hadamard(const lsa_rope_hadamard_args *a, int64_t i);
+void lsa_row_prior_fwd(const lsa_prior_fwd_args *a, int64_t i);
+/* The gradient of weight k over all rows. */
+float lsa_col_prior_dweight(const lsa_prior_bwd_args *a, int k);
 void lsa_row_continuation_fwd(const lsa_continuation_fwd_args *a, int64_t i);
 void lsa_row_continuation_dz(const lsa_continuation_bwd_args *a, int64_t i);
 void lsa_row_loss_pointwise(const lsa_loss_pointwise_args *a, int64_t i);

@@ -40,7 +40,7 @@ check focal --set data.virtual_shards=4 --set train.batch=12 --set loss.kind=foc
     --set sample.order=shuffled --set train.pool_mib=1 --set optim.clip=0.05 --set eval.metric=f1
 check bpr --set data.virtual_shards=4 --set train.batch=8 --set loss.kind=bpr --set sample.candidates=sampled --set sample.max_pos=16
 check mass --set data.virtual_shards=4 --set train.batch=16 --set loss.by_mass=true --set loss.on=layer
-check continuation --set data.virtual_shards=4 --set train.batch=8 --set model.continuation=5 --set optim.clip=0.05
+check continuation --set data.virtual_shards=4 --set train.batch=8 --set model.continuation=5 --set model.prior=true --set optim.clip=0.05
 cmp -s "$work/kl-1/$last/model.safetensors" "$work/mass-1/$last/model.safetensors" && bad "the cases do not differ: the comparison sees nothing"
 
 # ranks that meet through a file, as torchrun or srun number them; one that an earlier run left is passed over
@@ -67,7 +67,7 @@ OMP_NUM_THREADS=3 "${run[@]}" --set data.virtual_shards=8 --set train.batch=32 -
 same kl-1 threads state.json
 
 # elastic resume, V = 12: 20 steps on 4 ranks, to 35 on 2, to 50 on 3 with sharded moments on the way
-twelve=("${run[@]}" --set data.virtual_shards=12 --set train.batch=24 --set optim.zero1=true --set model.continuation=5)
+twelve=("${run[@]}" --set data.virtual_shards=12 --set train.batch=24 --set optim.zero1=true --set model.continuation=5 --set model.prior=true)
 "${twelve[@]}" --out "$work/whole" >"$work/log" 2>&1 || { bad "V = 12, 1 rank"; cat "$work/log"; }
 # a run that saves at 20 and 35 and loses what came after is what an interruption leaves
 launch 4 "${twelve[@]}" --set train.save_every=5 --set train.keep=99 --out "$work/chain" >/dev/null 2>&1 || bad "V = 12, 4 ranks"

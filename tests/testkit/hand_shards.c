@@ -16,6 +16,7 @@
 
 const int64_t hand_tokens[HAND_DOCS] = {640, 700, 3, 333, 512};
 int64_t hand_first[HAND_DOCS];
+struct hand_plant hand_plant;
 
 /* The truth: votes[doc][token][chunk] and mass[doc][layer][token][chunk]. */
 static uint8_t g_votes[HAND_DOCS][HAND_LONGEST][HAND_LONGEST / 4];
@@ -39,6 +40,10 @@ static void csr_room(lsa_csr *c, int64_t rows, bool labels) {
         assert_int_equal(LSA_NEW(c->logit, rows * (HAND_LONGEST / 4), NULL), LSA_OK);
         assert_int_equal(LSA_NEW(c->mass, rows * (HAND_LONGEST / 4), NULL), LSA_OK);
     }
+}
+
+static float planted_mass(uint64_t x, bool planted) {
+    return (planted ? 0.008f : 0.001f) * (float)(1 + x);
 }
 
 static void make_doc(lsa_doc_stats *d, int64_t doc, int64_t stride) {
@@ -78,6 +83,7 @@ static void make_doc(lsa_doc_stats *d, int64_t doc, int64_t stride) {
         const int64_t row = t - first;
         d->labels.begin[row + 1] = d->labels.n_entry;
         for (int32_t l = 0; l < HAND_LAYERS; l++) d->stats[l].begin[row + 1] = d->stats[l].n_entry;
+        const bool planted = doc == hand_plant.doc && t >= hand_plant.begin && t < hand_plant.end;
         for (int32_t c = 0; c < (t + 1) / 4; c++) {
             const uint64_t x = lsa_rng_below(&r, 100);
             const uint8_t v = c == 5 && t % 16 ? 2 : x < 2 ? 2 : x < 5 ? 1 : 0;
@@ -85,7 +91,7 @@ static void make_doc(lsa_doc_stats *d, int64_t doc, int64_t stride) {
             g_votes[doc][t][c] = v;
             for (int32_t l = 0; l < HAND_LAYERS; l++) {
                 const uint16_t m = lsa_rng_below(&r, 100) < 6
-                                       ? lsa_f32_to_f16(0.001f * (float)(1 + lsa_rng_below(&r, 90)))
+                                       ? lsa_f32_to_f16(planted_mass(lsa_rng_below(&r, 90), planted))
                                        : 0;
                 if (m) put(&d->stats[l], row, c, 0, m);
                 g_mass[doc][l][t][c] = lsa_f16_to_f32(m);

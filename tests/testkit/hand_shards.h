@@ -13,6 +13,10 @@ extern const int64_t hand_tokens[HAND_DOCS]; /* the third is shorter than any wi
 /* Position of each document's first row, for the next hand_shards: 0 unless a test sets it. */
 extern int64_t hand_first[HAND_DOCS];
 
+/* Masses of these tokens of one document are 8 times as large in the next hand_shards: none unless a test
+ * sets it. Votes stay. */
+extern struct hand_plant { int64_t doc, begin, end; } hand_plant;
+
 /* Two shards in a fresh folder. A hidden vector says which document, layer and row it is; so do the first
  * bytes of a key. Fails the running cmocka test on any error. */
 void hand_shards(const char *dir, int32_t hidden_stride);

@@ -424,6 +424,90 @@ static void test_continued(void **state) {
     assert_int_equal(lsa_remove_tree(dir, &err), LSA_OK);
 }
 
+/* An export with a prior and a continuation: two requests, one that observed two windows and one that
+ * observed none; select alone leaves the masses out; misuse is refused. */
+static void test_observed(void **state) {
+    (void)state;
+    enum { CHUNKS = 300, K = 40 };
+    static const float cost[] = {0.5f, 0.25f}, weight[] = {1.5f, -0.75f};
+    static const int32_t chunk[2][3] = {{7, 120, 299}, {7, 8, 200}};
+    static const float mass[2][3] = {{0.02f, 0.5f, 0.001f}, {0.3f, 0.004f, 0.01f}};
+    char dir[] = "/tmp/lsa-abi-XXXXXX", error[LSA_IDX_ERROR];
+    lsa_indexer_file f = g_file;
+    lsa_err err = {0};
+    static float z[LAYERS][2][CHUNKS], seen[2][CHUNKS];
+    static int32_t id[3][2][CHUNKS];
+    int32_t n_id[2];
+    const int64_t chunks[2] = {CHUNKS, CHUNKS}, layers = lsa_indexer_n_param(&g_file.geom);
+    const float *const states[2] = {&seen[0][0], NULL};
+    lsa_rng g = lsa_rng_make(8, 9);
+    f.geom.reach = 2;
+    f.geom.prior = true;
+    f.ensemble = LSA_ENSEMBLE_SUM;
+    f.params = LSA_GEN_NEW(float, layers + 4);
+    memcpy(f.params, g_file.params, (size_t)layers * sizeof *f.params);
+    memcpy(f.params + layers, cost, sizeof cost);
+    memcpy(f.params + layers + 2, weight, sizeof weight);
+    assert_non_null(mkdtemp(dir));
+    assert_int_equal(lsa_indexer_file_save(&f, dir, &err), LSA_OK);
+    lsa_idx *x = open_at(dir, LSA_IDX_F32);
+    assert_int_equal(lsa_idx_has_prior(x), 1);
+    for (int l = 0; l < LAYERS; l++) lsa_gen_fill(&z[l][0][0], 2 * CHUNKS, 2, &g);
+    memset(seen, 0, sizeof seen);
+    for (int w = 0; w < 2; w++)
+        assert_int_equal(lsa_idx_observe(x, &seen[0][0], CHUNKS, 3, chunk[w], mass[w], NULL, error), 0);
+    lsa_idx_rule r = {.mode = LSA_IDX_TOPK, .ensemble = LSA_IDX_EXPORTED, .k = K};
+    assert_int_equal(lsa_idx_select_observed(x, 2, &r, &z[0][0][0], CHUNKS, chunks, states, CHUNKS,
+                                             &id[0][0][0], CHUNKS, n_id, NULL, error),
+                     0);
+    assert_int_equal(
+        lsa_idx_select(x, 2, &r, &z[0][0][0], CHUNKS, chunks, &id[1][0][0], CHUNKS, n_id, NULL, error), 0);
+    for (int i = 0; i < 2; i++) {
+        double sum[CHUNKS], score[CHUNKS];
+        int n = 0;
+        for (int c = 0; c < CHUNKS; c++) {
+            double m = 0, older = 0; /* the last window; the one before, which has decayed no window yet */
+            for (int e = 0; i == 0 && e < 3; e++) {
+                if (chunk[1][e] == c) m = (double)mass[1][e];
+                if (chunk[0][e] == c) older = (double)mass[0][e];
+            }
+            sum[c] = (double)z[0][i][c] + (double)z[1][i][c] + (double)z[2][i][c] + 1.5 * log1p(m / 1e-3) -
+                     0.75 * log1p(older / 1e-3);
+        }
+        for (int c = 0; c < CHUNKS; c++) {
+            score[c] = sum[c];
+            for (int j = 1; j <= 2 && j <= c; j++)
+                score[c] = fmax(score[c], sum[c - j] - (double)cost[j - 1]);
+        }
+        for (int c = 0; c < CHUNKS; c++) {
+            int before = 0;
+            for (int o = 0; o < CHUNKS; o++) before += score[o] > score[c] || (score[o] == score[c] && o < c);
+            if (before < K) assert_int_equal(id[0][i][n++], c);
+        }
+        assert_int_equal(memcmp(id[0][i], id[1][i], K * sizeof(int32_t)) != 0, i == 0);
+    }
+    const int32_t outside = CHUNKS;
+    const float nan = NAN;
+    static float before[2][CHUNKS];
+    memcpy(before, seen, sizeof seen);
+    assert_int_equal(lsa_idx_observe(x, &seen[0][0], CHUNKS, 1, &outside, mass[0], NULL, error),
+                     LSA_IDX_E_ARG);
+    assert_non_null(strstr(error, "chunk 300"));
+    assert_int_equal(lsa_idx_observe(x, &seen[0][0], CHUNKS, 1, chunk[0], &nan, NULL, error), LSA_IDX_E_ARG);
+    assert_int_equal(lsa_idx_observe(x, NULL, CHUNKS, 1, chunk[0], mass[0], NULL, error), LSA_IDX_E_ARG);
+    assert_memory_equal(before, seen, sizeof seen); /* what is refused leaves the state alone */
+    assert_int_equal(lsa_idx_select_observed(x, 2, &r, &z[0][0][0], CHUNKS, chunks, states, CHUNKS - 1,
+                                             &id[2][0][0], CHUNKS, n_id, NULL, error),
+                     LSA_IDX_E_ARG);
+    r.ensemble = LSA_IDX_MAX;
+    assert_int_equal(lsa_idx_select_observed(x, 2, &r, &z[0][0][0], CHUNKS, chunks, states, CHUNKS,
+                                             &id[2][0][0], CHUNKS, n_id, NULL, error),
+                     LSA_IDX_E_CONFIG);
+    lsa_idx_close(x);
+    lsa_free(f.params);
+    assert_int_equal(lsa_remove_tree(dir, &err), LSA_OK);
+}
+
 /* ---- what is refused ---- */
 
 static void test_open_refused(void **state) {
@@ -568,11 +652,11 @@ static int teardown(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),       cmocka_unit_test(test_prefix),
-        cmocka_unit_test(test_not_finite),   cmocka_unit_test(test_info),
-        cmocka_unit_test(test_rules),        cmocka_unit_test(test_bad_calibration),
-        cmocka_unit_test(test_select),       cmocka_unit_test(test_continued),
-        cmocka_unit_test(test_open_refused), cmocka_unit_test(test_calls_refused),
-        cmocka_unit_test(test_no_gpu)};
+        cmocka_unit_test(test_logits),        cmocka_unit_test(test_prefix),
+        cmocka_unit_test(test_not_finite),    cmocka_unit_test(test_info),
+        cmocka_unit_test(test_rules),         cmocka_unit_test(test_bad_calibration),
+        cmocka_unit_test(test_select),        cmocka_unit_test(test_continued),
+        cmocka_unit_test(test_observed),      cmocka_unit_test(test_open_refused),
+        cmocka_unit_test(test_calls_refused), cmocka_unit_test(test_no_gpu)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -22,14 +22,17 @@ static char g_dir[64];
 
 #define COST(j) (0.004 * (double)(j)) /* of the continuation, about the spread of the sums */
 
-static lsa_indexer_file make_file(int32_t reach) {
+static const double PRIOR[] = {0.02, -0.01}; /* likewise, of the observed mass */
+
+static lsa_indexer_file make_file(int32_t reach, bool prior) {
     lsa_indexer_file f = {.geom = {.hidden = HAND_HIDDEN,
                                    .n_head = 16,
                                    .head_dim = 128,
                                    .rank = 4,
                                    .eps = 1e-6f,
                                    .n_layer = HAND_LAYERS,
-                                   .reach = reach},
+                                   .reach = reach,
+                                   .prior = prior},
                           .tau = 64,
                           .tail = 64};
     f.geom.rope = (lsa_rope){
@@ -38,6 +41,7 @@ static lsa_indexer_file make_file(int32_t reach) {
     assert_int_equal(LSA_NEW(f.params, lsa_indexer_n_param(&f.geom), NULL), LSA_OK);
     lsa_indexer_init_random(f.params, &f.geom, 5);
     for (int32_t j = 1; j <= reach; j++) f.params[lsa_indexer_costs_at(&f.geom) + j - 1] = (float)COST(j);
+    for (int k = 0; prior && k < 2; k++) f.params[lsa_indexer_prior_at(&f.geom) + k] = (float)PRIOR[k];
     f.train = json_pack("{s:i}", "step", 1);
     return f;
 }
@@ -67,17 +71,41 @@ static char *text_of(const lsa_calibration *c) {
 
 /* ---- the slow count ---- */
 
+/* The observed masses of a document as decoding at the recipe's budget sees them. */
+typedef struct history {
+    int64_t doc;
+    double m[HAND_LONGEST], M[HAND_LONGEST], next_m[HAND_LONGEST];
+} history;
 enum { RULES = 3 };
 typedef struct slow {
     lsa_select_rule rule[RULES];
     double kept[RULES][3], all[3]; /* chunks, golden, mass, around the second of two knots */
     int64_t windows;
+    bool prior;
+    history seen;
 } slow;
 
-static double slow_score(const lsa_select_rule *r, const lsa_seen *w, int64_t c) {
+static double slow_prior(const history *s, int64_t c) {
+    return PRIOR[0] * log1p(s->m[c] / 1e-3) + PRIOR[1] * log1p(s->M[c] / 1e-3);
+}
+static void slow_observe(history *s, int64_t start, const double *score, int64_t n) {
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        int64_t before = 0;
+        for (int64_t j = 0; score && c < n && j < n; j++)
+            before += score[j] > score[c] || (score[j] == score[c] && j < c);
+        const bool seen = !score || c >= n || before < lsa_budget_chunks(0.1, n);
+        s->next_m[c] = seen ? hand_mass(s->doc, start, start + 64, c) / (64 * HAND_LAYERS) : 0;
+    }
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        s->M[c] = 0.9 * s->M[c] + s->m[c];
+        s->m[c] = s->next_m[c];
+    }
+}
+
+static double slow_score(const lsa_select_rule *r, const lsa_seen *w, int64_t c, const history *seen) {
     double mean = 0, max = 0, best = -1e9;
     for (int64_t j = 0; j <= r->reach && j <= c; j++) {
-        double z = 0;
+        double z = seen ? slow_prior(seen, c - j) : 0;
         for (int l = 0; l < HAND_LAYERS; l++) z += (double)w->z[l * w->stride + c - j];
         best = fmax(best, z - (j ? COST(j) : 0));
     }
@@ -101,6 +129,11 @@ static void slow_window(void *arg, const void *row, const lsa_seen *w) {
     const int64_t start = 4 * w->visible;
     const double f = fmin(1, fmax(0, (log2((double)w->visible) - log2(50)) / log2(3)));
     assert_int_equal(w->n, (start - 64) / 4);
+    if (s->windows == 0 || s->seen.doc != w->doc) { /* before the first window nothing is evicted */
+        memset(&s->seen, 0, sizeof s->seen);
+        s->seen.doc = w->doc;
+        for (int64_t b = 0; b < start; b += 64) slow_observe(&s->seen, b, NULL, 0);
+    }
     s->windows++;
     for (int64_t c = 0; c < w->n; c++) {
         const double x[3] = {1, hand_votes(w->doc, start, start + 64, c, 2) > 0,
@@ -109,23 +142,28 @@ static void slow_window(void *arg, const void *row, const lsa_seen *w) {
         for (int i = 0; i < RULES; i++) {
             const double t =
                 (double)s->rule[i].knot_threshold[0] * (1 - f) + (double)s->rule[i].knot_threshold[1] * f;
-            if (slow_score(&s->rule[i], w, c) > t)
+            if (slow_score(&s->rule[i], w, c, s->prior ? &s->seen : NULL) > t)
                 for (int j = 0; j < 3; j++) s->kept[i][j] += f * x[j];
         }
     }
+    double score[HAND_LONGEST];
+    for (int64_t c = 0; s->prior && c < w->n; c++)
+        score[c] = slow_score(&s->rule[LSA_SCORE_SUM], w, c, &s->seen);
+    if (s->prior) slow_observe(&s->seen, start, score, w->n);
 }
 
 static void near_to(const char *what, double a, double b) {
     if (!(fabs(a - b) <= 1e-9 + 1e-6 * fabs(b))) fail_msg("%s: %.9g, counted %.9g", what, a, b);
 }
 
-static double against_slow_count(int32_t reach) {
-    lsa_indexer_file f = make_file(reach);
+static double against_slow_count(int32_t reach, bool prior) {
+    lsa_indexer_file f = make_file(reach, prior);
     lsa_measure *m = open_all(&f);
     const int64_t knot[] = {50, 150};
     lsa_calib_point p[RULES * 2];
     int64_t documents[2], windows[2];
-    slow s = {.windows = 0};
+    static slow s;
+    s = (slow){.prior = prior};
     for (int i = 0; i < RULES; i++) {
         lsa_select_rule *r = &s.rule[i];
         r->score = (lsa_score_rule)i;
@@ -162,13 +200,16 @@ static double against_slow_count(int32_t reach) {
 
 static void test_counts(void **state) {
     (void)state;
-    assert_true(against_slow_count(0) < against_slow_count(4)); /* a continuation lifts scores */
+    const double plain = against_slow_count(0, false);
+    assert_true(plain < against_slow_count(4, false)); /* a continuation lifts scores */
+    assert_true(plain < against_slow_count(0, true));
+    against_slow_count(4, true);
 }
 
 /* The thresholds of the continued sum hold their budgets; the reference server's rule has no continuation. */
 static void test_continued(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file(4);
+    lsa_indexer_file f = make_file(4, true);
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = calibrated(m, &f);
     lsa_err err = {0};
@@ -187,7 +228,7 @@ static void test_continued(void **state) {
 
 static void test_threads(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file(0);
+    lsa_indexer_file f = make_file(0, false);
     char *text[2];
     for (int i = 0; i < 2; i++) {
         omp_set_num_threads(i ? 4 : 1);
@@ -231,7 +272,7 @@ static void compare_rules(void *arg, const void *row, const lsa_seen *w) {
 
 static void test_fold(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file(0);
+    lsa_indexer_file f = make_file(0, false);
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = calibrated(m, &f);
     lsa_err err = {0};
@@ -278,7 +319,7 @@ static void refuse(const json_t *good, const lsa_csa_ord *ord, const char *text)
 
 static void test_json(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file(0);
+    lsa_indexer_file f = make_file(0, false);
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = calibrated(m, &f), *back = NULL;
     json_t *o = NULL;
@@ -335,7 +376,7 @@ static void test_json(void **state) {
 
 static void test_not_finite(void **state) {
     (void)state;
-    lsa_indexer_file f = make_file(0);
+    lsa_indexer_file f = make_file(0, false);
     f.params[lsa_indexer_tensor_at(&f.geom, 1, LSA_W_PROJ).offset] = NAN;
     lsa_measure *m = open_all(&f);
     lsa_calibration *c = NULL;

@@ -147,6 +147,44 @@ static void test_continuation(void **s) {
     unmake(&f);
 }
 
+/* So are the weights of the observed-mass prior, with a continuation and without. */
+static void test_prior(void **s) {
+    (void)s;
+    for (int reach = 0; reach < 5; reach += 4) {
+        fixture f = make(reach ? "prior" : "prior-alone");
+        lsa_ckpt c;
+        lsa_st *st = NULL;
+        const lsa_st_tensor *t;
+        lsa_err err = {0};
+        char path[LSA_PATH_MAX];
+        lsa_free(f.p), lsa_free(f.m), lsa_free(f.v);
+        const int64_t layers = f.n;
+        f.g.reach = reach;
+        f.g.prior = true;
+        f.n = lsa_indexer_n_param(&f.g);
+        assert_int_equal(f.n, layers + reach + 2);
+        f.p = numbers(f.n, 1), f.m = numbers(f.n, 2), f.v = numbers(f.n, 3);
+        for (int j = 0; j < reach; j++) f.p[layers + j] = 1;
+        save(&f, 12, false, 0);
+        if (lsa_ckpt_load(&c, f.run, true, &err) != LSA_OK) fail_msg("%s", err.msg);
+        assert_true(c.geom.prior && c.geom.reach == reach);
+        assert_memory_equal(c.params, f.p, (size_t)f.n * sizeof(float));
+        assert_memory_equal(c.m, f.m, (size_t)f.n * sizeof(float));
+        assert_memory_equal(c.v, f.v, (size_t)f.n * sizeof(float));
+        assert_int_equal(lsa_path(path, NULL, "%s/model.safetensors", c.dir), LSA_OK);
+        assert_int_equal(lsa_st_open(&st, path, NULL), LSA_OK);
+        assert_int_equal(lsa_st_count(st), 9 + (reach > 0));
+        assert_int_equal(lsa_st_need(&t, st, "prior", LSA_F32, 1, (int64_t[]){2}, NULL), LSA_OK);
+        lsa_st_close(st);
+        lsa_ckpt_fini(&c);
+        f.p[f.n - 1] = NAN;
+        assert_int_equal(lsa_ckpt_save(f.run, 13, &f.g, f.p, f.m, f.v, f.state, false, 0, 0, &err),
+                         LSA_E_NUMERIC);
+        assert_non_null(strstr(err.msg, "prior: element 1"));
+        unmake(&f);
+    }
+}
+
 static void test_equal_bytes(void **s) {
     (void)s;
     fixture a = make("one"), b = make("two");
@@ -335,6 +373,7 @@ int main(void) {
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_names),
         cmocka_unit_test(test_continuation),
+        cmocka_unit_test(test_prior),
         cmocka_unit_test(test_equal_bytes),
         cmocka_unit_test(test_pointers_and_keep),
         cmocka_unit_test(test_milestones_and_older),

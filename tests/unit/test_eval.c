@@ -16,8 +16,9 @@
 #include "tests/testkit/hand_shards.h"
 #include "trainer/eval.h"
 
-enum { ROWS = HAND_LAYERS + 4 };      /* without a continuation one row less */
-#define COST(j) (0.004f * (float)(j)) /* of the continuation, about the spread of the sums */
+enum { ROWS = HAND_LAYERS + 4 };            /* without a continuation or a prior one row less */
+#define COST(j) (0.004f * (float)(j))       /* of the continuation, about the spread of the sums */
+static const float PRIOR[] = {0.8f, -0.4f}; /* of the observed mass, likewise */
 static char g_dir[64];
 
 typedef struct slow {
@@ -57,6 +58,23 @@ static float sigmoid(float z) {
     return 1.0f / (1.0f + expf(-z));
 }
 
+/* The observed masses of a document as decoding sees them. */
+typedef struct history {
+    double m[HAND_LONGEST], M[HAND_LONGEST];
+} history;
+static float slow_prior(const history *s, int64_t c) {
+    return (float)((double)PRIOR[0] * log1p(s->m[c] / 1e-3) + (double)PRIOR[1] * log1p(s->M[c] / 1e-3));
+}
+/* The window at `start` ends; score [n]: what ranked its evictable chunks; NULL: nothing was evicted. */
+static void slow_observe(history *s, int64_t doc, int64_t start, const float *score, int64_t n,
+                         double budget) {
+    for (int64_t c = 0; c < HAND_LONGEST / 4; c++) {
+        const bool seen = !score || c >= n || in_top(score, n, lsa_budget_chunks(budget, n), c);
+        s->M[c] = 0.9 * s->M[c] + s->m[c];
+        s->m[c] = seen ? hand_mass(doc, start, start + 64, c) / (64 * HAND_LAYERS) : 0;
+    }
+}
+
 static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const lsa_recipe *r,
                           const lsa_indexer_geom *g, int64_t doc) {
     lsa_batch b = {0};
@@ -67,6 +85,8 @@ static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const l
     assert_int_equal(lsa_batch_document(&b, s, doc, 0, m, g, NULL), LSA_OK);
     assert_int_equal(LSA_NEW(z, HAND_LAYERS * m * b.n, NULL), LSA_OK);
     assert_int_equal(lsa_trainer_score(t, &b, z, NULL), LSA_OK);
+    history seen = {{0}, {0}};
+    for (int64_t w = 0; w < b.start[0]; w += 64) slow_observe(&seen, doc, w, NULL, 0, 0);
     for (int64_t i = 0; i < m; i++) {
         const int64_t n = b.n_cand[i];
         float p[HAND_LONGEST], mean[HAND_LONGEST], max[HAND_LONGEST], sum[HAND_LONGEST], psum[HAND_LONGEST];
@@ -80,16 +100,21 @@ static void slow_document(slow row[ROWS], lsa_trainer *t, lsa_source *s, const l
             count_window(&row[l], p, zl, doc, b.start[i], n, r);
         }
         for (int64_t c = 0; c < n; c++) psum[c] = sigmoid(sum[c]);
-        slow *const joint = row + HAND_LAYERS + (g->reach > 0);
+        slow *const joint = row + HAND_LAYERS + (g->reach > 0 || g->prior);
         count_window(&joint[0], mean, mean, doc, b.start[i], n, r);
         count_window(&joint[1], max, max, doc, b.start[i], n, r);
-        if (g->reach) count_window(&row[HAND_LAYERS], psum, sum, doc, b.start[i], n, r);
+        if (g->reach || g->prior) count_window(&row[HAND_LAYERS], psum, sum, doc, b.start[i], n, r);
+        for (int64_t c = 0; g->prior && c < n; c++) {
+            sum[c] += slow_prior(&seen, c);
+            psum[c] = sigmoid(sum[c]);
+        }
         for (int64_t c = n - 1; g->reach && c >= 0;
              c--) { /* from the end: the chunks before are still plain */
             for (int64_t j = 1; j <= g->reach && j <= c; j++) sum[c] = fmaxf(sum[c], sum[c - j] - COST(j));
             psum[c] = sigmoid(sum[c]);
         }
         count_window(&joint[2], psum, sum, doc, b.start[i], n, r);
+        slow_observe(&seen, doc, b.start[i], sum, n, r->budget);
     }
     lsa_free(z);
     lsa_batch_fini(&b);
@@ -99,10 +124,12 @@ static void near_to(const char *what, double a, double b) {
     if (!(fabs(a - b) <= 1e-9 + 1e-6 * fabs(b))) fail_msg("%s: %.9g, counted %.9g", what, a, b);
 }
 
-static void against_slow_count(int32_t reach) {
-    const int rows = HAND_LAYERS + 3 + (reach > 0);
-    const char *set[] = {"window.tail=64", "sample.min_layers=2", "eval.topk=9", "eval.budget=0.33",
-                         "eval.threshold=0.5"};
+static void against_slow_count(int32_t reach, bool prior) {
+    const bool more = reach > 0 || prior;
+    const int rows = HAND_LAYERS + 3 + more;
+    const char *set[] = {"window.tail=64",     "sample.min_layers=2",
+                         "eval.topk=9",        "eval.budget=0.33",
+                         "eval.threshold=0.5", prior ? "model.prior=true" : "model.prior=false"};
     lsa_recipe r;
     lsa_indexer_geom g = {.hidden = HAND_HIDDEN,
                           .n_head = 16,
@@ -110,7 +137,8 @@ static void against_slow_count(int32_t reach) {
                           .rank = 4,
                           .eps = 1e-6f,
                           .n_layer = HAND_LAYERS,
-                          .reach = reach};
+                          .reach = reach,
+                          .prior = prior};
     lsa_ctx *ctx = NULL;
     lsa_source *s = NULL;
     lsa_trainer *t = NULL;
@@ -118,13 +146,14 @@ static void against_slow_count(int32_t reach) {
     lsa_err err = {0};
     float *p = NULL;
     slow row[ROWS] = {{0}};
-    assert_int_equal(lsa_recipe_load(&r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, 5, &err), LSA_OK);
+    assert_int_equal(lsa_recipe_load(&r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, 6, &err), LSA_OK);
     g.rope = (lsa_rope){
         .dim = 64, .base = 160000, .factor = 16, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
     for (int32_t l = 0; l < HAND_LAYERS; l++) g.ord[l].v = l, g.id[l].v = 2 * l + 1;
     assert_int_equal(LSA_NEW(p, lsa_indexer_n_param(&g), NULL), LSA_OK);
     lsa_indexer_init_random(p, &g, 5);
     for (int32_t j = 1; j <= reach; j++) p[lsa_indexer_costs_at(&g) + j - 1] = COST(j);
+    for (int k = 0; prior && k < 2; k++) p[lsa_indexer_prior_at(&g) + k] = PRIOR[k];
     assert_int_equal(lsa_ctx_create(&ctx, "cpu", &err), LSA_OK);
     if (lsa_source_open(&s, g_dir, &r, &g, true, &err) != LSA_OK) fail_msg("%s", err.msg);
     assert_int_equal(lsa_trainer_create(&t, ctx, NULL, 1, &r, &g, p, NULL, NULL, 0, &err), LSA_OK);
@@ -135,7 +164,7 @@ static void against_slow_count(int32_t reach) {
     for (int k = 0; k < rows; k++) {
         static const char *const names[2][ROWS] = {{"c0", "c1", "mean", "max", "sum"},
                                                    {"c0", "c1", "plain", "mean", "max", "sum"}};
-        const char *const *name = names[reach > 0];
+        const char *const *name = names[more];
         const slow *w = &row[k];
         const json_t *j = json_object_get(o, name[k]);
         const double prec = w->tp / (w->tp + w->fp), rec = w->tp / (w->tp + w->fn);
@@ -161,7 +190,7 @@ static void against_slow_count(int32_t reach) {
     }
     near_to("value", lsa_eval_value(&e, &r), row[rows - 1].kept_mass[3] / row[rows - 1].total);
     assert_non_null(json_object_get(json_object_get(o, "by_length"), "up_to_16384"));
-    if (reach) /* or the rows do not tell whether it was applied */
+    if (more) /* or the rows do not tell whether it was applied */
         assert_true(row[HAND_LAYERS].kept_mass[3] != row[rows - 1].kept_mass[3]);
     json_decref(o);
     lsa_trainer_destroy(t);
@@ -172,15 +201,21 @@ static void against_slow_count(int32_t reach) {
 
 static void test_plain(void **state) {
     (void)state;
-    against_slow_count(0);
+    against_slow_count(0, false);
 }
 static void test_continued(void **state) {
     (void)state;
-    against_slow_count(3);
+    against_slow_count(3, false);
+}
+static void test_prior(void **state) {
+    (void)state;
+    against_slow_count(0, true);
+    against_slow_count(3, true);
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain), cmocka_unit_test(test_continued)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain), cmocka_unit_test(test_continued),
+                                       cmocka_unit_test(test_prior)};
     snprintf(g_dir, sizeof g_dir, "/tmp/lsa-eval-XXXXXX");
     if (!mkdtemp(g_dir)) return 1;
     hand_shards(g_dir, 64);

@@ -21,7 +21,7 @@ static const char *const g_file[] = {"indexer.safetensors", "golden.safetensors"
                                      "indexer.pt",          "layer_04.safetensors", "layer_08.safetensors",
                                      "indexer.gguf",        "check_indexer.py",     NULL};
 
-static lsa_indexer_file make(lsa_dtype t, int32_t reach) {
+static lsa_indexer_file make(lsa_dtype t, int32_t reach, bool prior) {
     lsa_indexer_file f = {.geom = {.hidden = 32,
                                    .n_head = 2,
                                    .head_dim = 128,
@@ -31,7 +31,8 @@ static lsa_indexer_file make(lsa_dtype t, int32_t reach) {
                                    .n_layer = 2,
                                    .ord = {{1}, {3}},
                                    .id = {{4}, {8}},
-                                   .reach = reach},
+                                   .reach = reach,
+                                   .prior = prior},
                           .dtype = t,
                           .tau = 64,
                           .tail = 256,
@@ -41,6 +42,7 @@ static lsa_indexer_file make(lsa_dtype t, int32_t reach) {
         lsa_alloc_((void **)&f.params, lsa_indexer_n_param(&f.geom), sizeof(float), "params", &err), LSA_OK);
     lsa_indexer_init_random(f.params, &f.geom, 5);
     for (int32_t j = 0; j < reach; j++) f.params[lsa_indexer_costs_at(&f.geom) + j] = 0.1f * (float)j;
+    for (int k = 0; prior && k < 2; k++) f.params[lsa_indexer_prior_at(&f.geom) + k] = k ? -0.3f : 1.0f / 3;
     f.train = json_object();
     return f;
 }
@@ -62,7 +64,7 @@ static void test_rewrite(void **state) {
         lsa_err err = {0};
         uint64_t a[9], b[9];
         lsa_export_options o = {.pt = true, .pt_freqs = i * 7, .per_layer = true, .gguf = true}, found;
-        lsa_indexer_file f = make(type[i], 8 * i), back;
+        lsa_indexer_file f = make(type[i], 8 * i, i != 1), back;
         lsa_weights_round(f.params, &f.geom, f.dtype);
         assert_int_equal(lsa_path(dir, &err, "%s/%d", g_dir, i), LSA_OK);
         if (lsa_export_folder(&f, dir, &o, NULL, &err) != LSA_OK) fail_msg("%s", err.msg);
@@ -72,6 +74,7 @@ static void test_rewrite(void **state) {
         assert_int_equal(lsa_indexer_file_load(&back, dir, &err), LSA_OK);
         assert_int_equal(back.dtype, type[i]);
         assert_int_equal(back.geom.reach, 8 * i);
+        assert_int_equal(back.geom.prior, i != 1);
         assert_memory_equal(back.params, f.params, (size_t)lsa_indexer_n_param(&f.geom) * sizeof(float));
         assert_int_equal(lsa_export_folder(&back, dir, &found, NULL, &err),
                          LSA_E_ARG); /* not without force */
@@ -92,7 +95,7 @@ static void test_rewrite(void **state) {
 /* Vectors made from weights that the file cannot hold: refused when it is read back, and nothing is left. */
 static void test_not_rounded(void **state) {
     (void)state;
-    lsa_indexer_file f = make(LSA_BF16, 0);
+    lsa_indexer_file f = make(LSA_BF16, 0, true);
     char dir[LSA_PATH_MAX], tmp[LSA_PATH_MAX];
     lsa_err err = {0};
     assert_int_equal(lsa_path(dir, &err, "%s/rough", g_dir), LSA_OK);
@@ -102,8 +105,8 @@ static void test_not_rounded(void **state) {
     lsa_indexer_file_fini(&f);
 }
 
-/* A continuation is read whole or not at all: nobody gets the weights without it by mistake. */
-static void test_continuation_damaged(void **state) {
+/* A continuation and a prior are read whole or not at all: nobody gets the weights without by mistake. */
+static void test_extra_damaged(void **state) {
     (void)state;
     static const struct {
         const char *from, *to, *message; /* from and to of one length: the header keeps its own */
@@ -114,9 +117,14 @@ static void test_continuation_damaged(void **state) {
                {"\\\"sum\\\"", "\\\"max\\\"", "belongs to ensemble sum"},
                {"0.75", "-0.5", "b_2"},
                {"0.75", "1e99", "b_2"},
-               {"0.75", "null", "b_2"}};
+               {"0.75", "null", "b_2"},
+               {"\\\"prior\\\":true", "\\\"prioR\\\":true", "disagree"},
+               {"lsa.prior", "lsa.prioR", "disagree"},
+               {"\\\"decay\\\":0.8", "\\\"decay\\\":0.7", "this program applies 0.9 and 0.001"},
+               {"[0.3333333432674408", "[3e39              ", "w_1"},
+               {"\\\"weights\\\":[0.3", "\\\"weights\\\":[0,3", "3 weights"}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        lsa_indexer_file f = make(LSA_F32, 4), back;
+        lsa_indexer_file f = make(LSA_F32, 4, true), back;
         char dir[LSA_PATH_MAX], path[LSA_PATH_MAX], *text = NULL;
         size_t n;
         lsa_err err = {0};
@@ -140,7 +148,7 @@ static void test_continuation_damaged(void **state) {
 
 int main(void) {
     const struct CMUnitTest t[] = {cmocka_unit_test(test_rewrite), cmocka_unit_test(test_not_rounded),
-                                   cmocka_unit_test(test_continuation_damaged)};
+                                   cmocka_unit_test(test_extra_damaged)};
     if (!mkdtemp(g_dir)) return 1;
     const int rc = cmocka_run_group_tests(t, NULL, NULL);
     if (lsa_remove_tree(g_dir, NULL) != LSA_OK) return 1;

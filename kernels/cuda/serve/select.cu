@@ -8,6 +8,7 @@
 
 extern "C" {
 #include "kernels/model/sigmoid.h"
+#include "kernels/core/prior_math.h"
 }
 
 enum { THREADS = 256, EACH = SERVE_BLOCK / THREADS, PAGE_BITS = 25 };
@@ -61,6 +62,11 @@ static __device__ __forceinline__ float combined(const select_args &a, int64_t i
             const float p = lsa_sigmoid(__fadd_rn(__fdiv_rn(z, r.temperature[l]), r.offset[l]));
             s = r.score == LSA_SCORE_MEAN ? s + p : p > s || p != p ? p : s;
         }
+    }
+    const float *const seen = r.observed ? r.observed[i] : NULL;
+    if (seen) {
+        const float recent = lsa_prior_feature(seen[c]), memory = lsa_prior_feature(seen[r.observed_ld + c]);
+        s = __fadd_rn(s, lsa_prior_value(r.prior, recent, memory));
     }
     return r.score == LSA_SCORE_MEAN ? __fdiv_rn(s, (float)r.n_layer) : s;
 }
@@ -472,6 +478,38 @@ static __global__ void __launch_bounds__(1024) pages_k(const __grid_constant__ s
         }
     }
     if (t == 0) a.n_out[i] = (int32_t)min(written, a.ld_out);
+}
+
+/* ---- observed masses ---- */
+
+static __global__ void __launch_bounds__(THREADS) end_window_k(float *state, int64_t ld) {
+    serve_wait();
+    const int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (c >= ld) return;
+    state[ld + c] = fmaf(LSA_PRIOR_DECAY, state[ld + c], state[c]);
+    state[c] = 0;
+}
+static __global__ void __launch_bounds__(THREADS)
+    put_masses_k(float *state, int64_t ld, int64_t n, const int32_t *chunk, const float *mass) {
+    serve_wait();
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n && chunk[i] >= 0 && chunk[i] < ld) state[chunk[i]] = mass[i];
+}
+
+extern "C" lsa_status lsa_gpu_retriever_observe(lsa_gpu_retriever *x, float *state, int64_t ld, int64_t n,
+                                                const int32_t *chunk, const float *mass, void *stream,
+                                                lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const cudaStream_t s = (cudaStream_t)stream;
+    LSA_CUDA(cudaSetDevice(x->cs->device));
+    if (ld > 0)
+        LSA_TRY(serve_launch(x, s, "window's end", err, end_window_k,
+                             dim3((unsigned)((ld + THREADS - 1) / THREADS)), THREADS, 0, state, ld));
+    if (n > 0)
+        LSA_TRY(serve_launch(x, s, "masses", err, put_masses_k, dim3((unsigned)((n + THREADS - 1) / THREADS)),
+                             THREADS, 0, state, ld, n, chunk, mass));
+done:
+    return st;
 }
 
 static select_args arguments(const lsa_gpu_retriever *x, int32_t m, const lsa_select_rule *rule,

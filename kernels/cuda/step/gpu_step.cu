@@ -57,6 +57,8 @@ static lsa_status check(const lsa_indexer_geom *g, const lsa_gpu_opts *o, lsa_er
             "optim.exchange bf16 needs a rank's windows at once: train.micro_batch 0, or exchange f32");
     if (g->reach && (o->sampled || !o->on_sum))
         LSA_RET_FAIL(LSA_E_CONFIG, "a continuation needs all candidates and a loss on the sum of the layers");
+    if (g->prior)
+        LSA_RET_FAIL(LSA_E_CONFIG, "model.prior is not in the bf16 and fp8 steps: set train.precision: f32");
     if (o->columns < 1 || o->max_chunk > 1600000)
         LSA_RET_FAIL(LSA_E_CONFIG, "windows of up to %lld chunks: this path takes at most 1,600,000",
                      (long long)o->max_chunk);
