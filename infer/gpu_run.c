@@ -4,19 +4,15 @@
 #include <string.h>
 
 #include "infer/engine.h"
+#include "kernels/core/clock.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-#include "kernels/model/gpu_teacher.h"
 
 struct lsa_gpu_run {
     const lsa_engine *e;
     lsa_gpu_teacher *teacher;
     lsa_gpu_layer *layer[LSA_MAX_LAYERS];
-    float *key[LSA_MAX_CSA]; /* [max chunks, Di] */
-    int64_t n;               /* tokens of the last document */
-    /* while a layer runs */
-    const lsa_taps *taps;
-    int32_t in_work;
+    double taps, feeding; /* seconds */
 };
 
 static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
@@ -99,8 +95,6 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
         const lsa_gpu_layer_weights w = weights_of(e, l);
         LSA_TRY(lsa_gpu_layer_put(&x->layer[l], x->teacher, &w, err));
     }
-    for (int32_t o = 0; o < e->c.n_csa; o++)
-        LSA_TRY(LSA_NEW(x->key[o], (max_tokens / LSA_CHUNK + 1) * e->c.index_head_dim, err));
     *out = x;
     x = NULL;
 done:
@@ -111,21 +105,20 @@ done:
 void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     if (!x) return;
     for (int32_t l = 0; l < LSA_MAX_LAYERS; l++) lsa_gpu_layer_drop(x->layer[l]);
-    for (int32_t o = 0; o < LSA_MAX_CSA; o++) lsa_free(x->key[o]);
     lsa_gpu_teacher_destroy(x->teacher);
     lsa_free(x);
 }
 
-static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
-    const lsa_gpu_run *x = user;
+/* Rows of layer `ord` of a document, each token by some OpenMP thread. */
+static void call_taps(const lsa_gpu_run *x, const lsa_gpu_doc *doc, int32_t ord, const lsa_gpu_csa_rows *a) {
     const lsa_teacher_config *c = &x->e->c;
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t i = 0; i < a->m; i++) {
-        lsa_tap_csa t = {.ord = {c->csa_ord[x->in_work]},
-                         .layer = {x->in_work},
-                         .position = a->first + i,
-                         .n_visible = lsa_visible(a->first + i),
-                         .hidden = a->hidden + i * c->hidden,
+        const int64_t p = a->first + i;
+        lsa_tap_csa t = {.ord = {ord},
+                         .layer = c->csa_id[ord],
+                         .position = p,
+                         .n_visible = lsa_visible(p),
                          .n_sel = a->n_sel[i],
                          .sel = a->sel + i * a->top_k,
                          .sel_logit = a->logit + i * a->top_k,
@@ -133,31 +126,57 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
                          .window_mass = a->window_mass[i],
                          .sink_mass = a->sink_mass[i]};
         for (int32_t k = 0; k < a->n_probe; k++)
-            if (a->probe[k].position == t.position)
+            if (a->probe[k].position == p)
                 t.logit = a->probe[k].logit, t.iq = a->probe[k].iq, t.iw = a->probe[k].iw;
-        if (a->dense && (t.position + 1) % a->dense_every == 0)
+        if (a->hidden_stride && (p + 1) % a->hidden_stride == 0)
+            t.hidden = a->hidden + ((p + 1) / a->hidden_stride - a->first / a->hidden_stride - 1) * c->hidden;
+        if (a->dense_every && (p + 1) % a->dense_every == 0)
             t.dense_mass =
-                a->dense + ((t.position + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
-        x->taps->csa(x->taps->user, &t);
+                a->dense + ((p + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
+        doc->taps->csa(doc->taps->user, &t);
     }
 }
 
-lsa_status lsa_gpu_run_document(lsa_gpu_run *x, const int32_t *token, int64_t n, const int64_t *probe,
-                                int32_t n_probe, int64_t dense_every, const lsa_taps *taps,
-                                lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
-                                lsa_err *err) {
+static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
+    const lsa_gpu_row_user *const u = user;
+    lsa_gpu_run *const x = u->run;
+    lsa_gpu_doc *const doc = u->doc;
+    const double t0 = lsa_now_s();
+    const int64_t Di = x->e->c.index_head_dim;
+    if (doc->key[u->ord] && a->n_key)
+        memcpy(doc->key[u->ord] + a->first_key * Di, a->key, (size_t)(a->n_key * Di) * sizeof *a->key);
+    if (doc->taps && doc->taps->csa) call_taps(x, doc, u->ord, a);
+    x->taps += lsa_now_s() - t0;
+    if (a->first + a->m == doc->n && --doc->left == 0 && doc->done) doc->done(doc->user);
+}
+
+lsa_status lsa_gpu_run_feed(lsa_gpu_run *x, lsa_gpu_doc *doc,
+                            lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                            lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_teacher_config *c = &x->e->c;
-    x->taps = taps;
-    x->n = n;
-    LSA_TRY(lsa_gpu_teacher_begin(x->teacher, token, n, probe, n_probe, dense_every, err));
+    const lsa_gpu_teacher_doc d = {doc->token,         doc->n,          doc->probe, doc->n_probe,
+                                   doc->hidden_stride, doc->dense_every};
+    const double t0 = lsa_now_s(), taps = x->taps;
+    doc->left = c->n_csa;
+    LSA_TRY(lsa_gpu_teacher_begin(x->teacher, &d, err));
     for (int32_t l = 0; l < c->n_layer; l++) {
-        x->in_work = l;
-        LSA_TRY(lsa_gpu_teacher_layer(x->teacher, x->layer[l], taps && taps->csa ? on_rows : NULL, x, err));
-        if (c->csa_ord[l] >= 0) LSA_TRY(lsa_gpu_teacher_keys(x->teacher, x->key[c->csa_ord[l]], err));
-        if (step) LSA_TRY(step(user, n * (l + 1) / c->n_layer - n * l / c->n_layer, err));
+        const int32_t ord = c->csa_ord[l];
+        if (ord >= 0) doc->rows[ord] = (lsa_gpu_row_user){x, doc, ord};
+        LSA_TRY(lsa_gpu_teacher_layer(x->teacher, x->layer[l], ord >= 0 ? on_rows : NULL,
+                                      ord >= 0 ? &doc->rows[ord] : NULL, err));
+        if (step) LSA_TRY(step(user, doc->n * (l + 1) / c->n_layer - doc->n * l / c->n_layer, err));
     }
+    if (c->n_csa == 0 && doc->done) doc->done(doc->user);
 done:
+    x->feeding += lsa_now_s() - t0 - (x->taps - taps);
+    return st;
+}
+
+lsa_status lsa_gpu_run_drain(lsa_gpu_run *x, lsa_err *err) {
+    const double t0 = lsa_now_s(), taps = x->taps;
+    const lsa_status st = lsa_gpu_teacher_drain(x->teacher, err);
+    x->feeding += lsa_now_s() - t0 - (x->taps - taps);
     return st;
 }
 
@@ -165,7 +184,8 @@ lsa_status lsa_gpu_run_logits(lsa_gpu_run *x, int64_t first, int64_t m, float *l
     return lsa_gpu_teacher_logits(x->teacher, first, m, logits, err);
 }
 
-const float *lsa_gpu_run_keys(const lsa_gpu_run *x, lsa_csa_ord ord, int64_t *n) {
-    *n = x->n / LSA_CHUNK;
-    return x->key[ord.v];
+lsa_status lsa_gpu_run_times(lsa_gpu_run *x, lsa_gpu_times *out, lsa_err *err) {
+    out->taps = x->taps;
+    out->wait = x->feeding;
+    return lsa_gpu_teacher_seconds(x->teacher, out->gpu, err);
 }

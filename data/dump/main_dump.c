@@ -61,14 +61,17 @@ static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
                             {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
                             {"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP},
                             {"dry-run", NULL, LSA_OPT_FLAG, &dry, "print the plan and stop"},
-                            {"json", NULL, LSA_OPT_FLAG, &json, "print the plan as JSON"},
+                            {"json", NULL, LSA_OPT_FLAG, &json,
+                             "print the plan as a line of JSON, and a second one of where the seconds went"},
                             {0}};
     lsa_dump_plan plan;
+    lsa_dump_times times;
     lsa_cli_parse("Read documents through the teacher and write what its attention needed.", "", opts, argc,
                   argv, NULL, 0);
     lsa_status st = need_inputs(&o, out, err);
-    if (st == LSA_OK) st = lsa_dump_run(&o, out, device, dry, &plan, err);
+    if (st == LSA_OK) st = lsa_dump_run(&o, out, device, dry, &plan, &times, err);
     if (st == LSA_OK && json) st = lsa_dump_print_plan_json(&plan, true, err);
+    if (st == LSA_OK && json && !dry) st = lsa_dump_print_times_json(&times, err);
     return st;
 }
 

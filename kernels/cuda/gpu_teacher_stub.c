@@ -22,9 +22,8 @@ lsa_status lsa_gpu_layer_put(lsa_gpu_layer **out, lsa_gpu_teacher *t, const lsa_
 void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
     (void)l;
 }
-lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n, const int64_t *probe,
-                                 int32_t n_probe, int64_t dense_every, lsa_err *err) {
-    (void)t, (void)token, (void)n, (void)probe, (void)n_probe, (void)dense_every;
+lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const lsa_gpu_teacher_doc *doc, lsa_err *err) {
+    (void)t, (void)doc;
     NO_CUDA;
 }
 lsa_status lsa_gpu_teacher_layer(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa_gpu_csa_tap *tap, void *user,
@@ -32,8 +31,12 @@ lsa_status lsa_gpu_teacher_layer(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa
     (void)t, (void)l, (void)tap, (void)user;
     NO_CUDA;
 }
-lsa_status lsa_gpu_teacher_keys(lsa_gpu_teacher *t, float *key, lsa_err *err) {
-    (void)t, (void)key;
+lsa_status lsa_gpu_teacher_drain(lsa_gpu_teacher *t, lsa_err *err) {
+    (void)t;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_teacher_seconds(lsa_gpu_teacher *t, double out[LSA_GPU_STAGES], lsa_err *err) {
+    (void)t, (void)out;
     NO_CUDA;
 }
 lsa_status lsa_gpu_teacher_logits(lsa_gpu_teacher *t, int64_t first, int64_t m, float *logits, lsa_err *err) {
