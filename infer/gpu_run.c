@@ -4,14 +4,19 @@
 #include <string.h>
 
 #include "infer/engine.h"
+#include "infer/gpu_stream.h"
 #include "kernels/core/clock.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
 struct lsa_gpu_run {
+    lsa_ctx *ctx;
     const lsa_engine *e;
     lsa_gpu_teacher *teacher;
-    lsa_gpu_layer *layer[LSA_MAX_LAYERS];
+    lsa_gpu_layer *layer[LSA_MAX_LAYERS]; /* resident */
+    lsa_gpu_stream *stream;               /* or streamed */
+    float *parked; /* pinned [parked_tokens, streams, d]: documents between two layers */
+    int64_t parked_tokens;
     double taps, feeding; /* seconds */
 };
 
@@ -42,9 +47,8 @@ static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
                                   .sim_fp4_index = e->opts.sim_fp4_index};
 }
 
-static lsa_gpu_layer_weights weights_of(const lsa_engine *e, int32_t l) {
-    const layer_weights *w = &e->layer[l];
-    return (lsa_gpu_layer_weights){.ratio = e->c.ratio[l],
+lsa_gpu_layer_weights lsa_gpu_weights_of(const layer_weights *w, int32_t ratio) {
+    return (lsa_gpu_layer_weights){.ratio = ratio,
                                    .roles = w->comp.roles,
                                    .nx = w->nx,
                                    .at_kv = w->at_kv,
@@ -80,7 +84,7 @@ static lsa_gpu_layer_weights weights_of(const lsa_engine *e, int32_t l) {
 }
 
 lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine *e, int64_t max_tokens,
-                              int64_t chunk, lsa_err *err) {
+                              int64_t chunk, bool stream, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_run *x = NULL;
     const lsa_gpu_teacher_geom g = geom_of(e);
@@ -88,11 +92,13 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
                                            e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
     *out = NULL;
     LSA_TRY(LSA_NEW(x, 1, err));
+    x->ctx = ctx;
     x->e = e;
     LSA_TRY(lsa_gpu_teacher_create(&x->teacher, ctx, &g, &tables, max_tokens,
                                    chunk ? chunk : LSA_GPU_RUN_CHUNK, err));
-    for (int32_t l = 0; l < e->c.n_layer; l++) {
-        const lsa_gpu_layer_weights w = weights_of(e, l);
+    if (stream) LSA_TRY(lsa_gpu_stream_create(&x->stream, e, x->teacher, err));
+    for (int32_t l = 0; l < e->c.n_layer && !stream; l++) {
+        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(&e->layer[l], e->c.ratio[l]);
         LSA_TRY(lsa_gpu_layer_put(&x->layer[l], x->teacher, &w, err));
     }
     *out = x;
@@ -105,6 +111,8 @@ done:
 void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     if (!x) return;
     for (int32_t l = 0; l < LSA_MAX_LAYERS; l++) lsa_gpu_layer_drop(x->layer[l]);
+    lsa_gpu_stream_destroy(x->stream);
+    if (x->parked) lsa_gpu_unpin(x->parked);
     lsa_gpu_teacher_destroy(x->teacher);
     lsa_free(x);
 }
@@ -137,6 +145,11 @@ static void call_taps(const lsa_gpu_run *x, const lsa_gpu_doc *doc, int32_t ord,
     }
 }
 
+/* One of what a document waits for is there: the rows of its CSA layers, and the queueing of its last layer. */
+static void one_less(lsa_gpu_doc *doc) {
+    if (--doc->left == 0 && doc->done) doc->done(doc->user);
+}
+
 static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
     const lsa_gpu_row_user *const u = user;
     lsa_gpu_run *const x = u->run;
@@ -147,27 +160,88 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
         memcpy(doc->key[u->ord] + a->first_key * Di, a->key, (size_t)(a->n_key * Di) * sizeof *a->key);
     if (doc->taps && doc->taps->csa) call_taps(x, doc, u->ord, a);
     x->taps += lsa_now_s() - t0;
-    if (a->first + a->m == doc->n && --doc->left == 0 && doc->done) doc->done(doc->user);
+    if (a->first + a->m == doc->n) one_less(doc);
 }
 
-lsa_status lsa_gpu_run_feed(lsa_gpu_run *x, lsa_gpu_doc *doc,
+static lsa_status begin(lsa_gpu_run *x, const lsa_gpu_doc *doc, lsa_err *err) {
+    const lsa_gpu_teacher_doc d = {doc->token,         doc->n,          doc->probe, doc->n_probe,
+                                   doc->hidden_stride, doc->dense_every};
+    return lsa_gpu_teacher_begin(x->teacher, &d, err);
+}
+
+static lsa_status through(lsa_gpu_run *x, lsa_gpu_doc *doc, int32_t l, const lsa_gpu_layer *layer,
+                          lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const lsa_teacher_config *c = &x->e->c;
+    const int32_t ord = c->csa_ord[l];
+    if (ord >= 0) doc->rows[ord] = (lsa_gpu_row_user){x, doc, ord};
+    LSA_TRY(lsa_gpu_teacher_layer(x->teacher, layer, ord >= 0 ? on_rows : NULL,
+                                  ord >= 0 ? &doc->rows[ord] : NULL, err));
+    if (step) LSA_TRY(step(user, doc->n * (l + 1) / c->n_layer - doc->n * l / c->n_layer, err));
+done:
+    return st;
+}
+
+static lsa_status room_to_park(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n, lsa_err *err) {
+    const int64_t token = (int64_t)x->e->c.hc_mult * x->e->c.hidden * (int64_t)sizeof(float);
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < n; i++) tokens += doc[i]->n;
+    if (tokens <= x->parked_tokens) return LSA_OK;
+    lsa_status st = lsa_ctx_sync(x->ctx, err); /* what is parked may still be read */
+    if (st != LSA_OK) return st;
+    if (x->parked) lsa_gpu_unpin(x->parked);
+    x->parked = NULL;
+    x->parked_tokens = 0;
+    st = lsa_gpu_pin((void **)&x->parked, tokens * token, err);
+    if (st == LSA_OK) x->parked_tokens = tokens;
+    return st;
+}
+
+static lsa_status wave(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
+                       lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const lsa_teacher_config *c = &x->e->c;
+    const int64_t token = (int64_t)c->hc_mult * c->hidden;
+    LSA_TRY(room_to_park(x, doc, n, err));
+    for (int32_t l = 0; l < c->n_layer; l++) {
+        lsa_gpu_layer *layer;
+        LSA_TRY(lsa_gpu_stream_begin(&layer, x->stream, err));
+        float *at = x->parked;
+        for (int64_t i = 0; i < n; i++) {
+            LSA_TRY(begin(x, doc[i], err));
+            if (l > 0) LSA_TRY(lsa_gpu_teacher_load(x->teacher, at, err));
+            LSA_TRY(through(x, doc[i], l, layer, step, user, err));
+            if (l + 1 < c->n_layer) LSA_TRY(lsa_gpu_teacher_save(x->teacher, at, err));
+            LSA_TRY(lsa_gpu_stream_poll(x->stream, err));
+            at += doc[i]->n * token;
+            if (l + 1 == c->n_layer) one_less(doc[i]); /* it may be gone after this */
+        }
+        LSA_TRY(lsa_gpu_stream_end(x->stream, err));
+    }
+done:
+    return st;
+}
+
+static lsa_status resident(lsa_gpu_run *x, lsa_gpu_doc *doc,
+                           lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                           lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(begin(x, doc, err));
+    for (int32_t l = 0; l < x->e->c.n_layer; l++) LSA_TRY(through(x, doc, l, x->layer[l], step, user, err));
+done:
+    return st;
+}
+
+lsa_status lsa_gpu_run_feed(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
                             lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                             lsa_err *err) {
     lsa_status st = LSA_OK;
-    const lsa_teacher_config *c = &x->e->c;
-    const lsa_gpu_teacher_doc d = {doc->token,         doc->n,          doc->probe, doc->n_probe,
-                                   doc->hidden_stride, doc->dense_every};
     const double t0 = lsa_now_s(), taps = x->taps;
-    doc->left = c->n_csa;
-    LSA_TRY(lsa_gpu_teacher_begin(x->teacher, &d, err));
-    for (int32_t l = 0; l < c->n_layer; l++) {
-        const int32_t ord = c->csa_ord[l];
-        if (ord >= 0) doc->rows[ord] = (lsa_gpu_row_user){x, doc, ord};
-        LSA_TRY(lsa_gpu_teacher_layer(x->teacher, x->layer[l], ord >= 0 ? on_rows : NULL,
-                                      ord >= 0 ? &doc->rows[ord] : NULL, err));
-        if (step) LSA_TRY(step(user, doc->n * (l + 1) / c->n_layer - doc->n * l / c->n_layer, err));
-    }
-    if (c->n_csa == 0 && doc->done) doc->done(doc->user);
+    for (int64_t i = 0; i < n; i++) doc[i]->left = x->e->c.n_csa + 1;
+    if (x->stream)
+        LSA_TRY(wave(x, doc, n, step, user, err));
+    else
+        for (int64_t i = 0; i < n; i++) LSA_TRY(resident(x, doc[i], step, user, err));
 done:
     x->feeding += lsa_now_s() - t0 - (x->taps - taps);
     return st;

@@ -1,6 +1,7 @@
-/* The engine's documents on a GPU: weights resident there in fp32, a document layer after layer
- * (kernels/model/gpu_teacher.h). Same taps as a session; not tokens one by one, and no resident sets. One
- * thread at a time; taps run on OpenMP threads, each (layer, position) once. Errors as gpu_teacher.h. */
+/* The engine's documents on a GPU (kernels/model/gpu_teacher.h), layer after layer: weights resident there in
+ * fp32, or streamed from the teacher's files, a wave of documents passing each layer; both give the same
+ * bits. Same taps as a session; not tokens one by one, and no resident sets. One thread at a time; taps run
+ * on OpenMP threads, each (layer, position) once. Errors as gpu_teacher.h. */
 #ifndef LSA_INFER_GPU_RUN_H
 #define LSA_INFER_GPU_RUN_H
 
@@ -11,9 +12,10 @@
 typedef struct lsa_gpu_run lsa_gpu_run;
 
 /* Borrows ctx (CUDA) and the engine. Documents of at most max_tokens, computed chunk tokens at a time (0:
- * LSA_GPU_RUN_CHUNK); the results do not depend on it but for the rounding of products. */
+ * LSA_GPU_RUN_CHUNK); the results do not depend on it but for the rounding of products. stream: the engine
+ * may have been opened without layers. */
 LSA_NODISCARD lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine *e,
-                                            int64_t max_tokens, int64_t chunk, lsa_err *err);
+                                            int64_t max_tokens, int64_t chunk, bool stream, lsa_err *err);
 void lsa_gpu_run_destroy(lsa_gpu_run *x); /* NULL allowed */
 
 enum { LSA_GPU_RUN_CHUNK = 8192 }; /* tokens at a time */
@@ -34,16 +36,18 @@ struct lsa_gpu_doc {
     int64_t hidden_stride, dense_every; /* positions with (position + 1) mod this = 0 get them; 0: none */
     const lsa_taps *taps; /* csa as a session calls it, but for the above; other hooks are not asked. NULL */
     float *key[LSA_MAX_CSA];  /* [n/4, Di] as lsa_session_keys, filled with the taps; or NULL */
-    void (*done)(void *user); /* after the last tap, by the thread that feeds or drains; or NULL */
+    void (*done)(void *user); /* after the last tap, in the order of the documents, by the thread that feeds
+                                 or drains; or NULL */
     void *user;
     /* the run's own */
-    int64_t left; /* CSA layers not yet seen to the end */
+    int64_t left; /* CSA layers not yet seen to the end, and one until all are queued */
     lsa_gpu_row_user rows[LSA_MAX_CSA];
 };
 
-/* Queues a document from position 0 and calls taps of this and of earlier ones as their rows arrive. step
- * (NULL allowed) is called after every layer with its share of the n tokens; its error ends the reading. */
-LSA_NODISCARD lsa_status lsa_gpu_run_feed(lsa_gpu_run *x, lsa_gpu_doc *doc,
+/* Queues documents [n], each from position 0, and calls taps of these and of earlier ones as their rows
+ * arrive. Streamed: they pass each layer together. step (NULL allowed) is called after every layer of a
+ * document with its share of the tokens; its error ends the reading. */
+LSA_NODISCARD lsa_status lsa_gpu_run_feed(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
                                           lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                                           lsa_err *err);
 /* Until every document fed is done. */

@@ -172,3 +172,17 @@ void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
     s->flop_seconds = p->flops / LSA_PLAN_FLOPS;
     s->bus_seconds = s->bus_bytes / LSA_PLAN_BUS;
 }
+
+void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *l) {
+    const lsa_teacher_config *c = l->c;
+    const int64_t outside = 2 * 4 * (int64_t)c->vocab * c->hidden,
+                  token = 4 * (int64_t)c->hc_mult * c->hidden +
+                          c->n_csa * (4 * (int64_t)l->rule.pool +
+                                      (l->rule.stats ? 16 * (int64_t)c->index_topk : 0) + 200);
+    p->host_bytes -= p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
+    p->host[LSA_HOST_WEIGHTS] = outside + 2 * p->teacher.largest_layer;
+    p->host[LSA_HOST_SEQUENCE] = 4 * (int64_t)c->hc_mult * c->hidden * p->longest;
+    p->host_bytes += p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
+    const int64_t left = lsa_max_i64(p->host_budget - p->host_bytes, 0) / 2;
+    p->streamed.wave_tokens = lsa_max_i64(left / token, p->longest);
+}

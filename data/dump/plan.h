@@ -65,6 +65,9 @@ typedef struct lsa_dump_load {
 LSA_NODISCARD lsa_status lsa_dump_cost(lsa_dump_plan *p, const lsa_dump_load *load, lsa_err *err);
 /* The part of it that depends on documents and options: disk, and host but for the weights. */
 LSA_NODISCARD lsa_status lsa_dump_bytes(lsa_dump_plan *p, const lsa_dump_load *load, lsa_err *err);
+/* Streaming's host memory instead of all weights: two layers as stored, and what is outside the layers; half
+ * of what the budget then leaves holds a wave: f32 streams and statistics. */
+void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *load);
 /* From p->host_budget. */
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *load);
 

@@ -33,8 +33,13 @@ typedef struct dump {
     lsa_dump_inputs in;
     lsa_manifest m;
     lsa_sink *sink;
-    lsa_lane *merging;   /* of documents read by a GPU */
-    struct flight *last; /* fed and not yet there */
+    lsa_lane *merging;               /* of documents read by a GPU */
+    LSA_VEC(struct flight *) flying; /* fed and not yet there */
+    bool stream;
+    int64_t wave_tokens;
+    lsa_status given; /* of handing documents on */
+    lsa_err why;
+    lsa_gpu_times before; /* the first document */
     lsa_dump_times *times;
     lsa_progress progress;
     int64_t done_tokens;
@@ -66,12 +71,10 @@ done:
 /* ---- with a GPU ---- */
 
 typedef struct flight { /* a document between its first layer and the sink */
-    dump *d;
+    struct dump *d;
     const lsa_doc *doc;
     lsa_tap_state *taps;
     int64_t bytes;
-    lsa_status *given; /* of handing it on; where it failed */
-    lsa_err *err;
 } flight;
 
 static void drop_flight(void *item) {
@@ -90,12 +93,12 @@ static lsa_status merge(void *user, void *item, lsa_err *err) {
 
 static void arrived(void *user) {
     flight *const f = user;
+    dump *const d = f->d;
     lsa_err why = {0};
-    lsa_err *const err = f->err;
-    lsa_status *const given = f->given;
-    if (f->d->last == f) f->d->last = NULL;
-    const lsa_status st = lsa_lane_give(f->d->merging, f, f->bytes, &why);
-    if (st != LSA_OK && *given == LSA_OK) *given = st, *err = why;
+    for (int64_t i = 0; i < d->flying.len; i++)
+        if (d->flying.data[i] == f) d->flying.data[i] = d->flying.data[--d->flying.len];
+    const lsa_status st = lsa_lane_give(d->merging, f, f->bytes, &why);
+    if (st != LSA_OK && d->given == LSA_OK) d->given = st, d->why = why;
 }
 
 /* As tap.c holds it, and once more merged. */
@@ -105,49 +108,74 @@ static int64_t flight_bytes(const dump *d, int64_t n) {
     return n * c->n_csa * (4 * (int64_t)r->pool + (r->stats ? 16 * (int64_t)c->index_topk : 0) + 200);
 }
 
-static lsa_status feed(dump *d, const lsa_doc *doc, lsa_status *given, lsa_err *why, lsa_err *err) {
+/* What the lane said when something was given to it. */
+static lsa_status given(const dump *d, lsa_err *err) {
+    if (d->given != LSA_OK && err && err->code == LSA_OK) *err = d->why;
+    return d->given;
+}
+
+static lsa_status take_off(lsa_gpu_doc **out, dump *d, const lsa_doc *doc, lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_gpu_doc *g;
     flight *f = NULL;
-    const int64_t bytes = flight_bytes(d, doc->n_token);
+    LSA_TRY(LSA_VEC_RESERVE(d->flying, d->flying.len + 1, err));
+    LSA_TRY(LSA_NEW(f, 1, err));
+    *f = (flight){.d = d, .doc = doc, .bytes = flight_bytes(d, doc->n_token)};
+    d->flying.data[d->flying.len++] = f;
+    LSA_TRY(lsa_tap_begin(&f->taps, lsa_engine_config(d->engine), &d->in.load.rule, doc->n_token, true, err));
+    LSA_TRY(lsa_tap_gpu_doc(out, f->taps, doc, err));
+    (*out)->done = arrived;
+    (*out)->user = f;
+done:
+    return st;
+}
+
+/* Documents [first, last) through the GPU. */
+static lsa_status feed(dump *d, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_gpu_doc **g = NULL;
+    int64_t bytes = 0;
+    for (int64_t i = first; i < last; i++) bytes += flight_bytes(d, lsa_docs_at(d->in.docs, i)->n_token);
     if (!lsa_lane_try(d->merging, bytes)) {
         LSA_TRY(lsa_gpu_run_drain(d->reader.gpu, err)); /* what is waited for must be able to arrive */
         LSA_TRY(lsa_lane_reserve(d->merging, bytes, err));
     }
-    LSA_TRY(LSA_NEW(f, 1, err));
-    *f = (flight){.d = d, .doc = doc, .bytes = bytes, .given = given, .err = why};
-    LSA_TRY(lsa_tap_begin(&f->taps, lsa_engine_config(d->engine), &d->in.load.rule, doc->n_token, true, err));
-    LSA_TRY(lsa_tap_gpu_doc(&g, f->taps, doc, err));
-    g->done = arrived;
-    g->user = f;
-    d->last = f; /* until arrived hands it on */
-    f = NULL;
-    LSA_TRY(lsa_gpu_run_feed(d->reader.gpu, g, on_chunk, d, err));
-    if (*given != LSA_OK) {
-        if (err && err->code == LSA_OK) *err = *why;
-        st = *given;
-    }
+    LSA_TRY(LSA_NEW(g, last - first, err));
+    for (int64_t i = first; i < last; i++)
+        LSA_TRY(take_off(&g[i - first], d, lsa_docs_at(d->in.docs, i), err));
+    LSA_TRY(lsa_gpu_run_feed(d->reader.gpu, g, last - first, on_chunk, d, err));
+    LSA_TRY(given(d, err));
 done:
-    drop_flight(f);
+    lsa_free(g);
     return st;
 }
 
-#define IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document alone may have more */
+#define IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document, or a wave, may have more */
+
+/* The documents that pass the layers with the first one: it alone, if the weights stay on the GPU. */
+static int64_t wave_end(const dump *d, int64_t first, int64_t n) {
+    int64_t i = first + 1, tokens = lsa_docs_at(d->in.docs, first)->n_token;
+    for (; d->stream && i < n; i++) {
+        tokens += lsa_docs_at(d->in.docs, i)->n_token;
+        if (tokens > d->wave_tokens) break;
+    }
+    return i;
+}
 
 static lsa_status by_gpu(dump *d, int64_t first, int64_t n, lsa_err *err) {
-    lsa_status st = LSA_OK, given = LSA_OK, ended;
-    lsa_err why = {0};
+    lsa_status st = LSA_OK, ended;
+    LSA_TRY(lsa_gpu_run_times(d->reader.gpu, &d->before, err));
     LSA_TRY(lsa_lane_create(&d->merging, "merging", IN_FLIGHT, merge, drop_flight, d, err));
-    for (int64_t i = first; i < n; i++) LSA_TRY(feed(d, lsa_docs_at(d->in.docs, i), &given, &why, err));
+    for (int64_t i = first, end; i < n; i = end) {
+        end = wave_end(d, i, n);
+        LSA_TRY(feed(d, i, end, err));
+    }
 done:
     ended = lsa_gpu_run_drain(d->reader.gpu, st == LSA_OK ? err : NULL);
     if (st == LSA_OK) st = ended;
-    if (st == LSA_OK && given != LSA_OK) {
-        if (err && err->code == LSA_OK) *err = why;
-        st = given;
-    }
-    drop_flight(d->last); /* of a run that was stopped */
-    d->last = NULL;
+    if (st == LSA_OK) st = given(d, err);
+    for (int64_t i = 0; i < d->flying.len; i++)
+        drop_flight(d->flying.data[i]); /* of a run that was stopped */
+    d->flying.len = 0;
     ended = lsa_lane_finish(d->merging, st != LSA_OK, err);
     return st != LSA_OK ? st : ended;
 }
@@ -170,7 +198,8 @@ static void fill_info(lsa_shards_info *f, const dump *d) {
 }
 
 static lsa_status open_teacher(dump *d, lsa_err *err) {
-    const lsa_engine_opts eo = {.sim_fp8_kv = d->o->sim_fp8, .sim_fp4_index = d->o->sim_fp4};
+    const lsa_engine_opts eo = {
+        .sim_fp8_kv = d->o->sim_fp8, .sim_fp4_index = d->o->sim_fp4, .without_layers = d->stream};
     const lsa_status st = lsa_engine_open(&d->engine, d->o->teacher, &eo, err);
     if (st == LSA_OK && *lsa_teacher_note(lsa_engine_teacher(d->engine)))
         lsa_warn("%s", lsa_teacher_note(lsa_engine_teacher(d->engine)));
@@ -200,12 +229,39 @@ done:
     return st;
 }
 
-/* Before anything is written: a GPU that is not there, or a rule that it does not serve. */
+/* Opens the device. Weights are streamed if that was asked for, or if they do not fit its memory; the plan
+ * then counts what streaming keeps in host memory instead of all weights. */
+static lsa_status open_device(dump *d, lsa_dump_plan *plan, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    int64_t room = 0;
+    const int64_t all = plan->host[LSA_HOST_WEIGHTS];
+    LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
+    d->stream = d->o->stream;
+    if (lsa_ctx_kind(d->ctx) != LSA_BACKEND_CUDA) {
+        if (d->stream || d->o->wave_tokens)
+            LSA_FAIL(LSA_E_ARG, "--stream and --wave-tokens belong to --device cuda");
+        goto done;
+    }
+    LSA_TRY(lsa_gpu_free_bytes(&room, d->ctx, err));
+    d->stream = d->stream || all > room / 5 * 4;
+    if (!d->stream) {
+        if (d->o->wave_tokens) LSA_FAIL(LSA_E_ARG, "--wave-tokens belongs to --stream");
+        goto done;
+    }
+    lsa_dump_plan_streaming(plan, &d->in.load);
+    d->wave_tokens = d->o->wave_tokens ? d->o->wave_tokens : plan->streamed.wave_tokens;
+    lsa_info(
+        "plan: weights (%.1f GiB in f32, the GPU has %.1f GiB free) pass layer by layer, %lld tokens at a time",
+        (double)all / 0x1p30, (double)room / 0x1p30, (long long)d->wave_tokens);
+done:
+    return st;
+}
+
+/* Before anything is written: a rule that the device does not serve. */
 static lsa_status open_reader(dump *d, int64_t longest, lsa_err *err) {
     lsa_status st = LSA_OK;
-    LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
     if (lsa_ctx_kind(d->ctx) == LSA_BACKEND_CUDA) {
-        LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, err));
+        LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, d->stream, err));
     } else {
         const lsa_session_opts so = {.max_tokens = longest, .chunk = LSA_TAP_CHUNK};
         LSA_TRY(lsa_session_create(&d->reader.session, d->engine, &so, err));
@@ -225,6 +281,9 @@ static lsa_status tell_times(dump *d, double seconds, int64_t tokens, lsa_err *e
     if (!d->reader.gpu) return LSA_OK;
     t->merging = lsa_lane_seconds(d->merging);
     LSA_TRY(lsa_gpu_run_times(d->reader.gpu, &t->gpu, err));
+    for (int i = 0; i < LSA_GPU_STAGES; i++) t->gpu.gpu[i] -= d->before.gpu[i];
+    t->gpu.taps -= d->before.taps;
+    t->gpu.wait -= d->before.wait;
     t->on_gpu = true;
     lsa_dump_log_times(t);
 done:
@@ -264,6 +323,7 @@ done:
 static void dump_fini(dump *d) {
     lsa_lane_destroy(d->merging); /* before the sink that it feeds */
     lsa_sink_destroy(d->sink);
+    lsa_free(d->flying.data);
     lsa_session_destroy(d->reader.session);
     lsa_gpu_run_destroy(d->reader.gpu);
     lsa_ctx_destroy(d->ctx);
@@ -319,6 +379,7 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, const char *dev
     if (o->needs) LSA_TRY(absolute(abs[2], o->needs, err));
     LSA_TRY(lsa_dump_inputs_open(&d.in, o, NULL, err));
     LSA_TRY(lsa_dump_inputs_plan(plan, &d.in, o, out, err));
+    LSA_TRY(open_device(&d, plan, err));
     LSA_TRY(lsa_dump_fits(plan, &d.in.load, out, err));
     LSA_TRY(open_teacher(&d, err));
     if (dry_run) {
@@ -343,7 +404,7 @@ done:
     return st;
 }
 
-lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
+lsa_status lsa_dump_resume(const char *out, const char *device, const lsa_dump_opts *how, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_dump_opts o;
     lsa_dump_times times = {0};
@@ -362,7 +423,10 @@ lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
         goto done;
     }
     LSA_TRY(lsa_dump_opts_from_json(&o, d.m.run, out, err));
+    o.stream = how->stream, o.wave_tokens = how->wave_tokens, o.host_budget = how->host_budget;
     LSA_TRY(lsa_dump_inputs_open(&d.in, &o, NULL, err));
+    LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
+    LSA_TRY(open_device(&d, &plan, err));
     LSA_TRY(open_teacher(&d, err));
     LSA_TRY(lsa_json_str(&want, d.m.run, "documents_xxh64", out, err));
     lsa_hex64(hex, lsa_docs_hash(d.in.docs));
@@ -372,7 +436,6 @@ lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
     if (lsa_teacher_hash(lsa_engine_teacher(d.engine)) != d.m.info.teacher_hash)
         LSA_FAIL(LSA_E_FORMAT, "the teacher in '%s' changed since the dump began; start a new dump",
                  o.teacher);
-    LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
     LSA_TRY(open_reader(&d, plan.longest, err));
     LSA_TRY(loop(&d, &plan, err));
 done:

@@ -24,7 +24,8 @@ LSA_NODISCARD lsa_status lsa_dump_print_times_json(const lsa_dump_times *t, lsa_
  * other last bits. */
 LSA_NODISCARD lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, const char *device,
                                       bool dry_run, lsa_dump_plan *plan, lsa_dump_times *times, lsa_err *err);
-LSA_NODISCARD lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_dump_resume(const char *out, const char *device, const lsa_dump_opts *how,
+                                         lsa_err *err); /* how: what is not recorded (options.h) */
 
 /* A folder that may be filled: LSA_E_ARG if it holds a manifest, or shards without one. */
 LSA_NODISCARD lsa_status lsa_dump_check_fresh(const char *out, lsa_err *err);

@@ -411,7 +411,7 @@ static lsa_status read_by_gpu(lsa_gpu_run *x, lsa_tap_state *t, const lsa_doc *d
     lsa_gpu_doc *g;
     lsa_status st = lsa_tap_gpu_doc(&g, t, doc, err), drained;
     if (st != LSA_OK) return st;
-    st = lsa_gpu_run_feed(x, g, step, user, err);
+    st = lsa_gpu_run_feed(x, &g, 1, step, user, err);
     drained =
         lsa_gpu_run_drain(x, st == LSA_OK ? err : NULL); /* the state must not go before its rows come */
     return st != LSA_OK ? st : drained;

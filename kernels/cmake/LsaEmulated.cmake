@@ -43,5 +43,7 @@ lsa_emulated(select INCLUDES serve/select.cu)
 lsa_emulated(update INCLUDES step/update.cu)
 lsa_emulated(eval INCLUDES step/eval.cu)
 lsa_emulated(index INCLUDES teacher/select.cu)
-lsa_emulated(teacher SOURCES teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/slots.cu teacher/marks.cu
-             teacher/teacher.cu)
+set(teacher teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/slots.cu teacher/marks.cu
+    teacher/weights.cu teacher/teacher.cu)
+lsa_emulated(teacher SOURCES ${teacher})
+lsa_emulated(dump SOURCES ${teacher})

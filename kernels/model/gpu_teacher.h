@@ -57,6 +57,50 @@ LSA_NODISCARD lsa_status lsa_gpu_layer_put(lsa_gpu_layer **out, lsa_gpu_teacher 
                                            const lsa_gpu_layer_weights *w, lsa_err *err);
 void lsa_gpu_layer_drop(lsa_gpu_layer *l); /* NULL allowed; before the teacher */
 
+/* Weights that come and go, for models larger than the GPU's memory. Two places take turns: while the layer
+ * in one is computed, the next one's tensors, as they are stored, are copied from pinned memory and written
+ * as f32 into the other, exactly. arena: bytes of the largest layer in f32; stored: as stored. create leaves
+ * *out to destroy also when it fails. upload(i)        staging i is full: queue its copy, behind the last use
+ * of arena i wait_staging(i)  until staging i may be filled again; from any thread begin(i)         launches
+ * from here on read arena i; waits for it; *bad: a tensor that holds a number that is not finite, or -1
+ *   end(i)           the last of them was queued */
+typedef enum lsa_gpu_stored {
+    LSA_GPU_F32 = 0,
+    LSA_GPU_BF16,
+    LSA_GPU_F16,
+    LSA_GPU_E4M3, /* a scale per block of 128 x 128 */
+    LSA_GPU_E2M1, /* two a byte, low half first; a scale per row and 32 columns */
+    LSA_GPU_I64
+} lsa_gpu_stored;
+typedef struct lsa_gpu_tensor {
+    lsa_gpu_stored type;
+    bool scale_f32; /* else E8M0 */
+    int64_t rows, cols;
+    int64_t at, scale_at; /* in the staging, multiples of 16 */
+    void *dst;            /* in the arena */
+} lsa_gpu_tensor;
+typedef struct lsa_gpu_weights lsa_gpu_weights;
+LSA_NODISCARD lsa_status lsa_gpu_weights_create(lsa_gpu_weights **out, lsa_gpu_teacher *t, int64_t arena,
+                                                int64_t stored, lsa_err *err);
+void lsa_gpu_weights_destroy(lsa_gpu_weights *w); /* before the teacher; NULL allowed */
+char *lsa_gpu_weights_arena(const lsa_gpu_weights *w, int i);
+char *lsa_gpu_weights_staging(const lsa_gpu_weights *w, int i);
+LSA_NODISCARD lsa_status lsa_gpu_weights_upload(lsa_gpu_weights *w, int i, const lsa_gpu_tensor *tensor,
+                                                int64_t n, int64_t bytes, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_weights_wait_staging(lsa_gpu_weights *w, int i, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_weights_begin(lsa_gpu_weights *w, int i, int64_t *bad, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_weights_end(lsa_gpu_weights *w, int i, lsa_err *err);
+/* A layer whose weights are device pointers of somebody else. */
+LSA_NODISCARD lsa_status lsa_gpu_layer_borrow(lsa_gpu_layer **out, lsa_gpu_teacher *t,
+                                              const lsa_gpu_layer_weights *w, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_free_bytes(int64_t *out, lsa_ctx *ctx, lsa_err *err);
+/* Pinned host memory, and a document's streams [n, streams, d] to and from it, in the order of the launches:
+ * load after begin. */
+LSA_NODISCARD lsa_status lsa_gpu_pin(void **out, int64_t bytes, lsa_err *err);
+void lsa_gpu_unpin(void *p);
+LSA_NODISCARD lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err);
+
 /* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary. probe [n_probe],
  * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. hidden_stride
  * > 0: hidden vectors of positions with (position + 1) mod hidden_stride = 0 are wanted; dense_every > 0: the
@@ -115,6 +159,7 @@ typedef enum lsa_gpu_stage {
     LSA_GPU_INDEX,
     LSA_GPU_ATTEND, /* and output projections */
     LSA_GPU_MOE,
+    LSA_GPU_WEIGHTS,    /* waiting for them */
     LSA_GPU_STATISTICS, /* dense masses, probes, gathering for the copies */
     LSA_GPU_COPIES,
     LSA_GPU_STAGES

@@ -84,10 +84,10 @@ static lsa_status run_gpu(judge *j, spread *keys, spread *logits, lsa_ctx *ctx, 
     const lsa_taps taps = {.user = j, .csa = on_csa};
     lsa_gpu_doc doc = {.token = token, .n = n, .hidden_stride = 1, .taps = &taps};
     LSA_TRY(LSA_NEW(buf, chunk * V, err));
-    LSA_TRY(lsa_gpu_run_create(&x, ctx, e, n, chunk, err));
+    LSA_TRY(lsa_gpu_run_create(&x, ctx, e, n, chunk, false, err));
     for (int32_t o = 0; o < j->c->n_csa; o++)
         LSA_TRY(LSA_NEW(doc.key[o], (n / LSA_CHUNK + 1) * j->c->index_head_dim, err));
-    LSA_TRY(lsa_gpu_run_feed(x, &doc, NULL, NULL, err));
+    LSA_TRY(lsa_gpu_run_feed(x, &(lsa_gpu_doc *){&doc}, 1, NULL, NULL, err));
     LSA_TRY(lsa_gpu_run_drain(x, err));
     if (doc.left) LSA_FAIL(LSA_E_NUMERIC, "%lld layers never came", (long long)doc.left);
     for (int32_t o = 0; o < j->c->n_csa; o++) {
@@ -272,7 +272,7 @@ int judge_dump(lsa_ctx *ctx, const char *dir, int64_t n) {
     const lsa_doc doc = {.name = "random", .token = token, .n_token = n};
     LSA_TRY(lsa_session_create(&cpu.session, e, &(lsa_session_opts){.max_tokens = n, .chunk = LSA_TAP_CHUNK},
                                err));
-    LSA_TRY(lsa_gpu_run_create(&gpu.gpu, ctx, e, n, 0, err));
+    LSA_TRY(lsa_gpu_run_create(&gpu.gpu, ctx, e, n, 0, false, err));
     LSA_TRY(lsa_reader_check(&gpu, c, &rule, err));
     LSA_TRY(lsa_tap_document(&a, &cpu, c, &rule, &doc, true, NULL, NULL, err));
     LSA_TRY(lsa_tap_document(&b, &gpu, c, &rule, &doc, true, NULL, NULL, err));

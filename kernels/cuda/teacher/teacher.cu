@@ -199,7 +199,8 @@ extern "C" void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
                              w->sink,      w->wx,        w->wq,         w->wo_a,       w->wo_b,
                              w->ape,       w->comp_norm, w->iape,       w->icomp_norm, w->gate,
                              w->gate_bias, w->tid2eid,   w->w13,        w->w2};
-    for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(l->ctx, (void *)(uintptr_t)p[i]);
+    for (size_t i = 0; i < sizeof p / sizeof *p && !l->borrowed; i++)
+        lsa_ctx_free(l->ctx, (void *)(uintptr_t)p[i]);
     free(l);
 }
 

@@ -23,6 +23,7 @@ enum {
 struct lsa_gpu_layer {
     lsa_ctx *ctx;
     lsa_gpu_layer_weights w; /* the same pointers, on the device */
+    bool borrowed;
 };
 
 /* Statistics of one chunk in one CSA layer, from the kernels to the tap: see slots.cu. */
