@@ -145,7 +145,8 @@ static void call_taps(const lsa_gpu_run *x, const lsa_gpu_doc *doc, int32_t ord,
     }
 }
 
-/* One of what a document waits for is there: the rows of its CSA layers, and the queueing of its last layer. */
+/* One of what a document waits for is there: the rows of its CSA layers, and the queueing of its last layer.
+ */
 static void one_less(lsa_gpu_doc *doc) {
     if (--doc->left == 0 && doc->done) doc->done(doc->user);
 }
@@ -228,6 +229,7 @@ static lsa_status resident(lsa_gpu_run *x, lsa_gpu_doc *doc,
     lsa_status st = LSA_OK;
     LSA_TRY(begin(x, doc, err));
     for (int32_t l = 0; l < x->e->c.n_layer; l++) LSA_TRY(through(x, doc, l, x->layer[l], step, user, err));
+    one_less(doc);
 done:
     return st;
 }

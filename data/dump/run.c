@@ -310,6 +310,9 @@ static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     start = lsa_now_s();
     LSA_TRY(d->reader.gpu ? by_gpu(d, first, n_doc, err) : by_session(d, first, n_doc, err));
     LSA_TRY(lsa_sink_finish(d->sink, err));
+    if (d->m.info.n_doc != n_doc)
+        LSA_FAIL(LSA_E_BUG, "%lld of %lld documents were sealed", (long long)d->m.info.n_doc,
+                 (long long)n_doc);
     d->m.complete = true;
     LSA_TRY(lsa_manifest_save(&d->m, d->out, err));
     lsa_progress_end(&d->progress);

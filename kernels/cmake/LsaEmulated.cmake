@@ -36,7 +36,8 @@ function(lsa_emulated name)
   target_link_libraries(t_ops_emulated_${name} PRIVATE lsa_testkit)
   set_target_properties(t_ops_emulated_${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
   add_test(NAME ops.emulated_${name} COMMAND t_ops_emulated_${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
-  set_tests_properties(ops.emulated_${name} PROPERTIES LABELS ops TIMEOUT ${LSA_TEST_TIMEOUT})
+  set_tests_properties(ops.emulated_${name} PROPERTIES LABELS ops TIMEOUT ${LSA_TEST_TIMEOUT}
+                       ENVIRONMENT "LSA_PYTHON=${LSA_PYTHON}")
 endfunction()
 
 lsa_emulated(select INCLUDES serve/select.cu)

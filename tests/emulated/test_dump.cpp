@@ -23,7 +23,6 @@ extern "C" lsa_status lsa_cuda_open(lsa_ctx *c, int, lsa_err *) {
     return LSA_OK;
 }
 
-static const char *const TEACHER = "recipes/mini/teacher";
 static std::string g_dir;
 
 static bool failed(const lsa_err *err) {
@@ -39,6 +38,19 @@ static bool dump(const char *name, lsa_dump_opts o) {
     if (lsa_dump_run(&o, out.c_str(), "cuda", false, &plan, &times, &err) != LSA_OK) return failed(&err);
     if (lsa_shards_verify(out.c_str(), &err) != LSA_OK) return failed(&err);
     return !(times.on_gpu && times.merging > 0 && times.sealing > 0 && times.gpu.gpu[LSA_GPU_MOE] > 0);
+}
+
+/* Fails, naming `what`, and seals nothing. */
+static bool refuse(const char *name, lsa_dump_opts o, const char *what) {
+    lsa_err err = {};
+    lsa_dump_plan plan;
+    lsa_dump_times times;
+    const std::string out = g_dir + "/" + name;
+    const lsa_status st = lsa_dump_run(&o, out.c_str(), "cuda", false, &plan, &times, &err);
+    if (st == LSA_E_FORMAT && strstr(err.msg, what) && access((out + "/shard_00000.h5").c_str(), F_OK))
+        return false;
+    printf("%s: not refused: %d %s\n", name, (int)st, err.msg);
+    return true;
 }
 
 static bool recheck(const char *name) {
@@ -78,27 +90,35 @@ int main() {
     g_dir = dir;
     const std::string tokens = g_dir + "/documents.jsonl";
     FILE *const f = fopen(tokens.c_str(), "w");
-    const int length[] = {40, 7, 64, 33, 52};
+    const int length[] = {40, 7, 44, 33, 26};
     uint32_t state = 7;
     for (int n : length) {
         fprintf(f, "{\"tokens\": [");
         for (int i = 0; i < n; i++)
-            fprintf(f, "%s%u", i ? ", " : "", (state = state * 1664525u + 1013904223u) >> 21);
+            fprintf(f, "%s%u", i ? ", " : "", (state = state * 1664525u + 1013904223u) >> 24);
         fprintf(f, "]}\n");
     }
     fclose(f);
+    const std::string good = g_dir + "/good", damaged = g_dir + "/bad";
+    const char *const python = getenv("LSA_PYTHON");
+    if (system((std::string(python ? python : "python3") + " tests/emulated/stored_teacher.py " + good + " " +
+                damaged)
+                   .c_str()) != 0)
+        return 1;
     lsa_dump_opts o = lsa_dump_defaults();
-    o.teacher = TEACHER, o.tokens = tokens.c_str();
-    o.hidden_stride = 16, o.dense_every = 16, o.shard_bytes = 20000;
+    o.teacher = good.c_str(), o.tokens = tokens.c_str();
+    o.hidden_stride = 16, o.dense_every = 16, o.shard_bytes = 10000;
     int bad = dump("resident", o);
     bad += recheck("resident");
     o.stream = true;
     o.wave_tokens = 1; /* every document alone */
     bad += dump("one", o) + differ("one");
-    o.wave_tokens = 110; /* three, then two */
+    o.wave_tokens = 100; /* three, then two */
     bad += dump("few", o) + differ("few");
     o.wave_tokens = 0; /* all */
     bad += dump("all", o) + differ("all");
+    o.teacher = damaged.c_str();
+    bad += refuse("damaged", o, "layers.3.ffn.experts.2.w2.weight");
     lsa_err err = {};
     if (lsa_remove_tree(dir, &err) != LSA_OK) bad++;
     printf("%s\n", bad ? "FAILED" : "ok");
