@@ -155,9 +155,9 @@ done:
 
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
     lsa_dump_streamed *s = &p->streamed;
-    s->token_bytes = 2 * (int64_t)l->c->hc_mult * l->c->hidden;
+    s->token_bytes = 4 * (int64_t)l->c->hc_mult * l->c->hidden;
     s->wave_tokens = p->host_budget / s->token_bytes;
-    s->gpu_bytes = p->teacher.largest_layer;
+    s->gpu_bytes = p->teacher.largest_layer + 2 * (p->host[LSA_HOST_WEIGHTS] / lsa_max_i64(l->c->n_layer, 1));
     s->passes = p->longest <= s->wave_tokens;
     int64_t wave = 0;
     for (int64_t i = 0; s->passes && i < l->n; i++) { /* documents whole, in order */

@@ -28,16 +28,16 @@ typedef enum lsa_host_part {
     LSA_HOST_PARTS
 } lsa_host_part;
 
-/* A pass that would read the weights layer by layer for a wave of documents, activations kept in host memory.
- * This version does not have it: bounds from bytes and arithmetic, for choosing machines. */
+/* A pass that reads the weights layer by layer for a wave of documents, activations kept in host memory (run
+ * --stream): bounds from bytes and arithmetic, for choosing machines. */
 typedef struct lsa_dump_streamed {
-    int64_t wave_tokens, token_bytes; /* tokens whose residual streams (bf16) fill the host budget */
+    int64_t wave_tokens, token_bytes; /* tokens whose residual streams (f32) fill the host budget */
     int64_t passes;                   /* over the weights; 0: one document alone exceeds the budget */
     double bus_bytes;                 /* weights once a pass, streams to the GPU and back once a layer */
-    int64_t gpu_bytes;                /* the largest layer as stored */
+    int64_t gpu_bytes;                /* the largest layer, as stored and twice in f32 */
     double flop_seconds, bus_seconds; /* at the rates below */
 } lsa_dump_streamed;
-#define LSA_PLAN_FLOPS 780e12 /* bf16 matrix product measured on an H100 */
+#define LSA_PLAN_FLOPS 67e12  /* f32 peak of an H100 by its data sheet */
 #define LSA_PLAN_BUS   54.6e9 /* bytes/s, pinned host memory to an H100, measured */
 
 typedef struct lsa_dump_plan {
