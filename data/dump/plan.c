@@ -186,3 +186,11 @@ void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *l) {
     const int64_t left = lsa_max_i64(p->host_budget - p->host_bytes, 0) / 2;
     p->streamed.wave_tokens = lsa_max_i64(left / token, p->longest);
 }
+
+void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *l) {
+    const int64_t sealing = lsa_min_i64(LSA_DUMP_SEALING * l->shard_bytes, p->disk_bytes),
+                  flying = lsa_min_i64(LSA_DUMP_IN_FLIGHT, 2 * p->disk_bytes);
+    p->host[LSA_HOST_SHARD] += sealing;
+    p->host[LSA_HOST_DOCUMENT] += flying;
+    p->host_bytes += sealing + flying;
+}

@@ -68,6 +68,10 @@ LSA_NODISCARD lsa_status lsa_dump_bytes(lsa_dump_plan *p, const lsa_dump_load *l
 /* Streaming's host memory instead of all weights: two layers as stored, and what is outside the layers; half
  * of what the budget then leaves holds a wave: f32 streams and statistics. */
 void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *load);
+/* With a GPU: shards that are being sealed, and documents between the GPU and the open shard. */
+#define LSA_DUMP_SEALING   3
+#define LSA_DUMP_IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document, or a wave, may have more */
+void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *load);
 /* From p->host_budget. */
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *load);
 

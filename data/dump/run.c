@@ -149,8 +149,6 @@ done:
     return st;
 }
 
-#define IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document, or a wave, may have more */
-
 /* The documents that pass the layers with the first one: it alone, if the weights stay on the GPU. */
 static int64_t wave_end(const dump *d, int64_t first, int64_t n) {
     int64_t i = first + 1, tokens = lsa_docs_at(d->in.docs, first)->n_token;
@@ -164,7 +162,7 @@ static int64_t wave_end(const dump *d, int64_t first, int64_t n) {
 static lsa_status by_gpu(dump *d, int64_t first, int64_t n, lsa_err *err) {
     lsa_status st = LSA_OK, ended;
     LSA_TRY(lsa_gpu_run_times(d->reader.gpu, &d->before, err));
-    LSA_TRY(lsa_lane_create(&d->merging, "merging", IN_FLIGHT, merge, drop_flight, d, err));
+    LSA_TRY(lsa_lane_create(&d->merging, "merging", LSA_DUMP_IN_FLIGHT, merge, drop_flight, d, err));
     for (int64_t i = first, end; i < n; i = end) {
         end = wave_end(d, i, n);
         LSA_TRY(feed(d, i, end, err));
@@ -242,6 +240,7 @@ static lsa_status open_device(dump *d, lsa_dump_plan *plan, lsa_err *err) {
             LSA_FAIL(LSA_E_ARG, "--stream and --wave-tokens belong to --device cuda");
         goto done;
     }
+    lsa_dump_plan_beside(plan, &d->in.load);
     LSA_TRY(lsa_gpu_free_bytes(&room, d->ctx, err));
     d->stream = d->stream || all > room / 5 * 4;
     if (!d->stream) {

@@ -1,6 +1,6 @@
 /* Where documents of a dump go: gathered to shards, sealed, named in the manifest. Shard boundaries are a
- * function of the documents and shard_bytes alone. One thread adds; sealing is done by it, or by a thread of
- * the sink's own (behind), with at most two shards waiting. */
+ * function of the documents and shard_bytes alone. One thread adds; sealing is done by it, or by threads of
+ * the sink's own (behind), a shard each. */
 #ifndef LSA_DATA_DUMP_SINK_H
 #define LSA_DATA_DUMP_SINK_H
 
@@ -22,6 +22,6 @@ LSA_NODISCARD lsa_status lsa_sink_add(lsa_sink *s, lsa_doc_stats *d, lsa_err *er
 /* Seals the rest and waits. */
 LSA_NODISCARD lsa_status lsa_sink_finish(lsa_sink *s, lsa_err *err);
 int64_t lsa_sink_sealed(lsa_sink *s); /* documents, from any thread */
-double lsa_sink_seconds(lsa_sink *s); /* spent sealing */
+double lsa_sink_seconds(lsa_sink *s); /* spent sealing, mean of the threads that do */
 
 #endif
