@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "data/dump/votes.h"
@@ -46,6 +47,20 @@ struct lsa_tap_state {
     lsa_taps taps;
     atomic_bool failed; /* out of memory inside a callback */
 };
+
+/* Not zeroed, for what is written before it is read: the pages then come in by the threads that write. */
+static lsa_status blank(void **out, int64_t n, size_t size, lsa_err *err) {
+    int64_t bytes = 0;
+    *out = NULL;
+    if (n <= 0) return LSA_OK;
+    if (lsa_mul_i64(n, (int64_t)size, &bytes) && bytes <= INT64_MAX - 64)
+        *out = aligned_alloc(64, (size_t)lsa_align_up(bytes, 64));
+    if (!*out)
+        LSA_RET_FAIL(LSA_E_NOMEM, "statistics of a document: %lld elements of %zu bytes refused",
+                     (long long)n, size);
+    return LSA_OK;
+}
+#define BLANK(p, n, err) blank((void **)&(p), (int64_t)(n), sizeof *(p), (err))
 
 static bool on_dense_row(const lsa_tap_state *t, int64_t pos) {
     return t->rule.dense_every > 0 && (pos + 1) % t->rule.dense_every == 0;
@@ -150,12 +165,12 @@ lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const
     }
     for (int32_t o = 0; o < c->n_csa; o++) {
         layer_slots *l = &t->layer[o];
-        LSA_TRY(LSA_NEW(l->vote, n_token * rule->pool, err));
+        LSA_TRY(BLANK(l->vote, n_token * rule->pool, err));
         LSA_TRY(LSA_NEW(l->n_vote, n_token, err));
         if (rule->stats) {
-            LSA_TRY(LSA_NEW(l->sel, n_token * t->cap, err));
-            LSA_TRY(LSA_NEW(l->logit, n_token * t->cap, err));
-            LSA_TRY(LSA_NEW(l->mass, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->sel, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->logit, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->mass, n_token * t->cap, err));
             LSA_TRY(LSA_NEW(l->n_sel, n_token, err));
             LSA_TRY(LSA_NEW(l->local, n_token, err));
             LSA_TRY(LSA_NEW(l->sink, n_token, err));
@@ -227,8 +242,8 @@ static lsa_status make_labels(lsa_csr *c, const lsa_tap_state *t, lsa_err *err) 
     for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = merge_votes(t, r, NULL, NULL);
     for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] += c->begin[r];
     c->n_entry = c->begin[t->n_token];
-    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
-    LSA_TRY(LSA_NEW(c->votes, c->n_entry, err));
+    LSA_TRY(BLANK(c->chunk, c->n_entry, err));
+    LSA_TRY(BLANK(c->votes, c->n_entry, err));
     if (c->n_entry == 0) goto done;
 #pragma omp parallel for
     for (int64_t r = 0; r < t->n_token; r++)
@@ -243,9 +258,9 @@ static lsa_status make_stats(lsa_csr *c, const lsa_tap_state *t, const layer_slo
     LSA_TRY(LSA_NEW(c->begin, t->n_token + 1, err));
     for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = c->begin[r] + l->n_sel[r];
     c->n_entry = c->begin[t->n_token];
-    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
-    LSA_TRY(LSA_NEW(c->logit, c->n_entry, err));
-    LSA_TRY(LSA_NEW(c->mass, c->n_entry, err));
+    LSA_TRY(BLANK(c->chunk, c->n_entry, err));
+    LSA_TRY(BLANK(c->logit, c->n_entry, err));
+    LSA_TRY(BLANK(c->mass, c->n_entry, err));
 #pragma omp parallel for
     for (int64_t r = 0; r < t->n_token; r++) {
         const size_t n = (size_t)l->n_sel[r];
@@ -282,14 +297,14 @@ done:
 }
 
 static bool bf16_finite(const uint16_t *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        if ((x[i] & 0x7f80u) == 0x7f80u) return false;
-    return true;
+    bool bad = false;
+    for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7f80u) == 0x7f80u;
+    return !bad;
 }
 static bool f16_finite(const uint16_t *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        if ((x[i] & 0x7c00u) == 0x7c00u) return false;
-    return true;
+    bool bad = false;
+    for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7c00u) == 0x7c00u;
+    return !bad;
 }
 
 /* Sound weights can still overflow on the way; such a document must not be sealed. */
@@ -348,7 +363,7 @@ lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_sessio
         if (!t->rule.has_keys[o]) continue;
         int64_t n_key = out->n_key;
         const float *const key = s ? lsa_session_keys(s, (lsa_csa_ord){o}, &n_key) : t->gpu.key[o];
-        LSA_TRY(LSA_NEW(out->key[o], n_key * LSA_KEY_BYTES, err));
+        LSA_TRY(BLANK(out->key[o], n_key * LSA_KEY_BYTES, err));
 #pragma omp parallel for
         for (int64_t i = 0; i < n_key; i++) lsa_key_encode(out->key[o] + i * LSA_KEY_BYTES, key + i * 128);
         TAKE(out->hidden[o], l->hidden);
@@ -400,7 +415,7 @@ lsa_status lsa_tap_gpu_doc(lsa_gpu_doc **out, lsa_tap_state *t, const lsa_doc *d
     *out = &t->gpu;
     for (int32_t o = 0; o < t->c->n_csa; o++)
         if (t->rule.has_keys[o])
-            LSA_TRY(LSA_NEW(t->gpu.key[o], doc->n_token / LSA_CHUNK * t->c->index_head_dim, err));
+            LSA_TRY(BLANK(t->gpu.key[o], doc->n_token / LSA_CHUNK * t->c->index_head_dim, err));
 done:
     return st;
 }

@@ -23,11 +23,11 @@ struct world {
     std::vector<uint16_t> key16, iq16;
     uint32_t most = 0;
     world(int64_t first, int64_t tokens, int heads, int k, int64_t rows) : p(first), m(tokens) {
-        const int64_t T = p + m, ld = T / 4 + 1;
+        const int64_t T = p + m, ld = T / 4 + 32;
         iq.resize(m * heads * DI), iw.resize(m * heads), key.resize(ld * DI), key16.resize(ld * DI);
         iq16.resize(m * heads * DI), logit.resize(rows * ld), candidate.resize(rows * ld);
         sel.assign(m * k, -1), n_sel.assign(m, -1), sel_logit.assign(m * k, NAN);
-        t.cs = &cs, t.max_tokens = T, t.n = T, t.top = k, t.logit_rows = rows;
+        t.cs = &cs, t.max_tokens = T, t.n = T, t.top = k, t.logit_room = rows * ld;
         t.g.index_n_head = heads, t.g.index_head_dim = DI, t.ID = (int64_t)heads * DI;
         t.iq = iq.data(), t.iw = iw.data(), t.key = key.data(), t.logit = logit.data();
         t.candidate = candidate.data(), t.key16 = key16.data(), t.iq16 = iq16.data(), t.key_most = &most;

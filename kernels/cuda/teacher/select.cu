@@ -297,10 +297,10 @@ static __global__ void __launch_bounds__(THREADS) choose_k(const __grid_constant
 
 /* Logits of rows i .. i + rows of the chunk: screened, or f32 where screening does not pay or does not fit.
  */
-static lsa_status screen(lsa_gpu_teacher *t, int64_t p, int64_t rows, int64_t i, const uint32_t *most,
-                         lsa_err *err) {
+static lsa_status screen(lsa_gpu_teacher *t, int64_t p, int64_t rows, int64_t i, int64_t ld,
+                         const uint32_t *most, lsa_err *err) {
     const lsa_gpu_teacher_geom *g = &t->g;
-    const int64_t ld = t->max_tokens / LSA_CHUNK + 1, visible = lsa_visible(p + i + rows - 1);
+    const int64_t visible = lsa_visible(p + i + rows - 1);
     if (visible <= 0) return LSA_OK;
     const unsigned blocks = (unsigned)((visible + THREADS - 1) / THREADS);
     if (most) {
@@ -325,8 +325,9 @@ lsa_status teacher_select(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_err *err
     lsa_status st = LSA_OK;
     const lsa_gpu_teacher_geom *g = &t->g;
     const cudaStream_t s = t->cs->stream;
-    const int64_t ld = t->max_tokens / LSA_CHUNK + 1, keys = lsa_visible(p + m - 1),
-                  queries = m * g->index_n_head;
+    const int64_t keys = lsa_visible(p + m - 1), queries = m * g->index_n_head,
+                  ld = (keys + 32) / 32 * 32, /* no longer than needed: short contexts stay in the L2 cache */
+        fit = t->logit_room / ld < 1 ? 1 : t->logit_room / ld;
     const int bytes = teacher_query_bytes(g);
     const bool screened = g->index_head_dim == TEACHER_SCREENED && m >= GROUP;
     uint32_t *const most = screened ? t->key_most : NULL;
@@ -340,9 +341,9 @@ lsa_status teacher_select(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_err *err
         halve_k<<<(unsigned)((queries + THREADS / 32 - 1) / (THREADS / 32)), THREADS, 0, s>>>(
             t->iq, queries, (__half *)t->iq16, NULL);
     }
-    for (int64_t i = 0; i < m; i += t->logit_rows) {
-        const int64_t rows = m - i < t->logit_rows ? m - i : t->logit_rows;
-        LSA_TRY(screen(t, p, rows, i, most, err));
+    for (int64_t i = 0; i < m; i += fit) {
+        const int64_t rows = m - i < fit ? m - i : fit;
+        LSA_TRY(screen(t, p, rows, i, ld, most, err));
         const choose_args b = {t->logit,
                                t->candidate,
                                t->iq + i * t->ID,

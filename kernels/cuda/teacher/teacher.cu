@@ -72,10 +72,11 @@ static lsa_status allocate(lsa_gpu_teacher *t, lsa_err *err) {
     NEW(t->og, m * GR);
     NEW(t->o2, m * GR);
     NEW(t->y, m * d);
-    t->logit_rows = LOGIT_BYTES / (chunks * 4);
-    t->logit_rows = t->logit_rows < 1 ? 1 : t->logit_rows > m ? m : t->logit_rows;
-    NEW(t->logit, t->logit_rows * chunks);
-    NEW(t->candidate, t->logit_rows * chunks);
+    t->logit_room = m * (chunks + 32);
+    if (t->logit_room > LOGIT_BYTES / 4) t->logit_room = LOGIT_BYTES / 4;
+    if (t->logit_room < chunks + 32) t->logit_room = chunks + 32;
+    NEW(t->logit, t->logit_room);
+    NEW(t->candidate, t->logit_room);
     NEW(t->key16, chunks * Di);
     NEW(t->iq16, m * t->ID);
     NEW(t->key_most, 1);

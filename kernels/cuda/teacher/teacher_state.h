@@ -67,9 +67,9 @@ struct lsa_gpu_teacher {
     float *z, *coef, *x, *xp, *qr, *qq, *q, *iq,
         *iw;                /* [m,nz] same [m,d] [m,nx] [m,q_rank] [m,HD+ID] [m,HD] [m,ID] [m,Hi] */
     float *o, *og, *o2, *y; /* [G,m,HD/G] [G,m,R] [m,G R] [m,d] */
-    float *logit;           /* [rows at a time, T/4] */
+    float *logit;           /* [logit_room]: rows of some tokens, at least one of T/4 + 32 */
     int32_t *candidate;
-    int64_t logit_rows;
+    int64_t logit_room;
     uint16_t *key16, *iq16; /* f16: [T/4, Di] [m, ID] */
     uint32_t *key_most;
     float *route, *weight;   /* [m,E] [m,k] */

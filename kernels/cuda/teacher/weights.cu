@@ -213,12 +213,19 @@ static size_t stream_bytes(const lsa_gpu_teacher *t) {
     return (size_t)(t->n * t->g.hc_mult * t->g.hidden) * sizeof(float);
 }
 
+static lsa_status move(lsa_gpu_teacher *t, void *to, const void *from, cudaMemcpyKind way, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(teacher_marks_begin(t, err));
+    LSA_CUDA(cudaMemcpyAsync(to, from, stream_bytes(t), way, t->cs->stream));
+    LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
+done:
+    return st;
+}
+
 extern "C" lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err) {
-    LSA_CUDA(cudaMemcpyAsync(streams, t->X, stream_bytes(t), cudaMemcpyDeviceToHost, t->cs->stream));
-    return LSA_OK;
+    return move(t, streams, t->X, cudaMemcpyDeviceToHost, err);
 }
 
 extern "C" lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err) {
-    LSA_CUDA(cudaMemcpyAsync(t->X, streams, stream_bytes(t), cudaMemcpyHostToDevice, t->cs->stream));
-    return LSA_OK;
+    return move(t, t->X, streams, cudaMemcpyHostToDevice, err);
 }
