@@ -9,19 +9,53 @@
 #include "kernels/model/rope.h"
 
 typedef struct loader {
-    lsa_engine *e;
+    const lsa_engine *e;
     int32_t layer;
+    const lsa_layer_sink *to;
     lsa_err *err;
 } loader;
+
+/* ---- into host memory ---- */
+
+static lsa_status host_room(void *user, void **p, int64_t n, size_t size, const char *what, lsa_err *err) {
+    (void)user;
+    return lsa_alloc_(p, n, size, what, err);
+}
+static lsa_status host_numbers(void *user, float *dst, const char *name, int64_t rows, int64_t cols,
+                               lsa_err *err) {
+    const lsa_engine *e = user;
+    return lsa_teacher_f32(dst, e->teacher, name, rows, cols, err);
+}
+
+lsa_status lsa_engine_experts_of_tokens(int64_t *dst, const lsa_engine *e, const char *name, lsa_err *err) {
+    const lsa_teacher_config *c = &e->c;
+    lsa_status st = LSA_OK;
+    LSA_TRY(lsa_teacher_i64(dst, e->teacher, name, c->vocab, c->n_expert_tok, err));
+    for (int64_t i = 0; i < (int64_t)c->vocab * c->n_expert_tok; i++)
+        if (dst[i] < 0 || dst[i] >= c->n_expert)
+            LSA_FAIL(LSA_E_FORMAT, "tensor '%s': element %lld is %lld, must be in [0, %lld]", name,
+                     (long long)i, (long long)dst[i], (long long)c->n_expert - 1);
+done:
+    return st;
+}
+static lsa_status host_experts(void *user, int64_t *dst, const char *name, lsa_err *err) {
+    return lsa_engine_experts_of_tokens(dst, user, name, err);
+}
+
+/* ---- a layer ---- */
+
+static lsa_status room(const loader *l, void **p, int64_t n, size_t size, const char *what) {
+    return l->to->room(l->to->user, p, n, size, what, l->err);
+}
 
 static lsa_status read_into(const loader *l, float *dst, const char *suffix, int64_t rows, int64_t cols) {
     char name[160];
     snprintf(name, sizeof name, "layers.%d.%s", l->layer, suffix);
-    return lsa_teacher_f32(dst, l->e->teacher, name, rows, cols, l->err);
+    return l->to->numbers(l->to->user, dst, name, rows, cols, l->err);
 }
 
 static lsa_status read_new(const loader *l, float **dst, const char *suffix, int64_t rows, int64_t cols) {
-    lsa_status st = lsa_alloc_((void **)dst, rows * cols, sizeof(float), suffix, l->err);
+    lsa_status st = room(l, (void **)dst, rows * cols, sizeof(float), suffix);
     return st == LSA_OK ? read_into(l, *dst, suffix, rows, cols) : st;
 }
 
@@ -79,7 +113,7 @@ static lsa_status read_x_projections(const loader *l, layer_weights *w, lsa_laye
         if (part[i].on) nx += part[i].rows;
     }
     w->nx = (int32_t)nx;
-    LSA_TRY(lsa_alloc_((void **)&w->wx, nx * d, sizeof *w->wx, "projections of x", l->err));
+    LSA_TRY(room(l, (void **)&w->wx, nx * d, sizeof *w->wx, "projections of x"));
     float *at = w->wx;
     for (size_t i = 0; i < sizeof part / sizeof *part; i++) {
         if (!part[i].on) continue;
@@ -92,13 +126,12 @@ done:
 
 static lsa_status read_moe(const loader *l, layer_weights *w) {
     const lsa_teacher_config *c = &l->e->c;
-    lsa_err *err = l->err;
     lsa_status st = LSA_OK;
     const int64_t d = c->hidden, m = c->moe_dim, E = c->n_expert;
     char s[96];
     LSA_TRY(read_new(l, &w->gate, "ffn.gate.weight", E, d));
-    LSA_TRY(lsa_alloc_((void **)&w->w13, (E + 1) * 2 * m * d, sizeof(float), "experts", err));
-    LSA_TRY(lsa_alloc_((void **)&w->w2, (E + 1) * d * m, sizeof(float), "experts", err));
+    LSA_TRY(room(l, (void **)&w->w13, (E + 1) * 2 * m * d, sizeof(float), "experts"));
+    LSA_TRY(room(l, (void **)&w->w2, (E + 1) * d * m, sizeof(float), "experts"));
     for (int64_t i = 0; i <= E; i++) {
         char who[48];
         if (i < E)
@@ -114,13 +147,8 @@ static lsa_status read_moe(const loader *l, layer_weights *w) {
     }
     if (c->hash_moe[l->layer]) {
         snprintf(s, sizeof s, "layers.%d.ffn.gate.tid2eid", l->layer);
-        LSA_TRY(
-            lsa_alloc_((void **)&w->tid2eid, (int64_t)c->vocab * c->n_expert_tok, sizeof(int64_t), s, err));
-        LSA_TRY(lsa_teacher_i64(w->tid2eid, l->e->teacher, s, c->vocab, c->n_expert_tok, err));
-        for (int64_t i = 0; i < (int64_t)c->vocab * c->n_expert_tok; i++)
-            if (w->tid2eid[i] < 0 || w->tid2eid[i] >= E)
-                LSA_FAIL(LSA_E_FORMAT, "tensor '%s': element %lld is %lld, must be in [0, %lld]", s,
-                         (long long)i, (long long)w->tid2eid[i], (long long)E - 1);
+        LSA_TRY(room(l, (void **)&w->tid2eid, (int64_t)c->vocab * c->n_expert_tok, sizeof(int64_t), s));
+        LSA_TRY(l->to->experts(l->to->user, w->tid2eid, s, l->err));
     } else {
         LSA_TRY(read_new(l, &w->gate_bias, "ffn.gate.bias", 1, E));
     }
@@ -128,10 +156,8 @@ done:
     return st;
 }
 
-static lsa_status read_layer(const loader *l) {
+static lsa_status read_layer(const loader *l, layer_weights *w) {
     const lsa_teacher_config *c = &l->e->c;
-    layer_weights *w = &l->e->layer[l->layer];
-    lsa_err *err = l->err;
     lsa_status st = LSA_OK;
     const lsa_layer_kind kind = c->kind[l->layer];
     const int64_t HD = (int64_t)c->n_head * c->head_dim, ID = (int64_t)c->index_n_head * c->index_head_dim;
@@ -149,14 +175,20 @@ static lsa_status read_layer(const loader *l) {
     if (kind == LSA_LAYER_CSA)
         LSA_TRY(read_compressor(l, &w->icomp, "attn.indexer.compressor", LSA_CHUNK, c->index_head_dim));
     LSA_TRY(read_x_projections(l, w, kind));
-    LSA_TRY(lsa_alloc_((void **)&w->wq, (HD + (kind == LSA_LAYER_CSA ? ID : 0)) * c->q_rank, sizeof(float),
-                       "wq_b", err));
+    LSA_TRY(
+        room(l, (void **)&w->wq, (HD + (kind == LSA_LAYER_CSA ? ID : 0)) * c->q_rank, sizeof(float), "wq_b"));
     LSA_TRY(read_into(l, w->wq, "attn.wq_b.weight", HD, c->q_rank));
     if (kind == LSA_LAYER_CSA)
         LSA_TRY(read_into(l, w->wq + HD * c->q_rank, "attn.indexer.wq_b.weight", ID, c->q_rank));
     LSA_TRY(read_moe(l, w));
 done:
     return st;
+}
+
+lsa_status lsa_engine_read_layer(layer_weights *w, const lsa_engine *e, int32_t layer,
+                                 const lsa_layer_sink *to, lsa_err *err) {
+    const loader l = {e, layer, to, err};
+    return read_layer(&l, w);
 }
 
 lsa_status lsa_engine_open(lsa_engine **out, const char *dir, const lsa_engine_opts *opts, lsa_err *err) {
@@ -190,10 +222,9 @@ lsa_status lsa_engine_open(lsa_engine **out, const char *dir, const lsa_engine_o
     LSA_TRY(lsa_teacher_f32(e->hc_head_base, e->teacher, "hc_head_base", 1, n, err));
     LSA_TRY(LSA_NEW(e->hc_head_scale, 1, err));
     LSA_TRY(lsa_teacher_f32(e->hc_head_scale, e->teacher, "hc_head_scale", 1, 1, err));
-    for (int32_t l = 0; l < c->n_layer; l++) {
-        loader ld = {e, l, err};
-        LSA_TRY(read_layer(&ld));
-    }
+    const lsa_layer_sink host = {e, host_room, host_numbers, host_experts};
+    for (int32_t l = 0; l < c->n_layer && !e->opts.without_layers; l++)
+        LSA_TRY(lsa_engine_read_layer(&e->layer[l], e, l, &host, err));
     *out = e;
     e = NULL;
 done:

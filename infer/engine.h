@@ -47,6 +47,20 @@ struct lsa_engine {
     layer_weights layer[LSA_MAX_LAYERS];
 };
 
+/* Where a layer's weights go: room for n elements, then tensors into it, by their original names. `experts`:
+ * the hash layers' table of experts by token, checked. */
+typedef struct lsa_layer_sink {
+    void *user;
+    lsa_status (*room)(void *user, void **p, int64_t n, size_t size, const char *what, lsa_err *err);
+    lsa_status (*numbers)(void *user, float *dst, const char *name, int64_t rows, int64_t cols, lsa_err *err);
+    lsa_status (*experts)(void *user, int64_t *dst, const char *name, lsa_err *err);
+} lsa_layer_sink;
+/* w must be zero before. What was given room stays in w when it fails. */
+LSA_NODISCARD lsa_status lsa_engine_read_layer(layer_weights *w, const lsa_engine *e, int32_t layer,
+                                               const lsa_layer_sink *to, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_engine_experts_of_tokens(int64_t *dst, const lsa_engine *e, const char *name,
+                                                      lsa_err *err);
+
 /* Per-thread scratch for one block. */
 typedef struct workspace {
     float *z;          /* [block, n(n+2)] mHC products */

@@ -4,19 +4,20 @@
 #include <string.h>
 
 #include "infer/engine.h"
+#include "infer/gpu_stream.h"
+#include "kernels/core/clock.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-#include "kernels/model/gpu_teacher.h"
 
 struct lsa_gpu_run {
+    lsa_ctx *ctx;
     const lsa_engine *e;
     lsa_gpu_teacher *teacher;
-    lsa_gpu_layer *layer[LSA_MAX_LAYERS];
-    float *key[LSA_MAX_CSA]; /* [max chunks, Di] */
-    int64_t n;               /* tokens of the last document */
-    /* while a layer runs */
-    const lsa_taps *taps;
-    int32_t in_work;
+    lsa_gpu_layer *layer[LSA_MAX_LAYERS]; /* resident */
+    lsa_gpu_stream *stream;               /* or streamed */
+    float *parked; /* pinned [parked_tokens, streams, d]: documents between two layers */
+    int64_t parked_tokens;
+    double taps, feeding; /* seconds */
 };
 
 static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
@@ -46,9 +47,8 @@ static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
                                   .sim_fp4_index = e->opts.sim_fp4_index};
 }
 
-static lsa_gpu_layer_weights weights_of(const lsa_engine *e, int32_t l) {
-    const layer_weights *w = &e->layer[l];
-    return (lsa_gpu_layer_weights){.ratio = e->c.ratio[l],
+lsa_gpu_layer_weights lsa_gpu_weights_of(const layer_weights *w, int32_t ratio) {
+    return (lsa_gpu_layer_weights){.ratio = ratio,
                                    .roles = w->comp.roles,
                                    .nx = w->nx,
                                    .at_kv = w->at_kv,
@@ -84,7 +84,7 @@ static lsa_gpu_layer_weights weights_of(const lsa_engine *e, int32_t l) {
 }
 
 lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine *e, int64_t max_tokens,
-                              int64_t chunk, lsa_err *err) {
+                              int64_t chunk, bool stream, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_run *x = NULL;
     const lsa_gpu_teacher_geom g = geom_of(e);
@@ -92,15 +92,15 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
                                            e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
     *out = NULL;
     LSA_TRY(LSA_NEW(x, 1, err));
+    x->ctx = ctx;
     x->e = e;
     LSA_TRY(lsa_gpu_teacher_create(&x->teacher, ctx, &g, &tables, max_tokens,
                                    chunk ? chunk : LSA_GPU_RUN_CHUNK, err));
-    for (int32_t l = 0; l < e->c.n_layer; l++) {
-        const lsa_gpu_layer_weights w = weights_of(e, l);
+    if (stream) LSA_TRY(lsa_gpu_stream_create(&x->stream, e, x->teacher, err));
+    for (int32_t l = 0; l < e->c.n_layer && !stream; l++) {
+        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(&e->layer[l], e->c.ratio[l]);
         LSA_TRY(lsa_gpu_layer_put(&x->layer[l], x->teacher, &w, err));
     }
-    for (int32_t o = 0; o < e->c.n_csa; o++)
-        LSA_TRY(LSA_NEW(x->key[o], (max_tokens / LSA_CHUNK + 1) * e->c.index_head_dim, err));
     *out = x;
     x = NULL;
 done:
@@ -111,21 +111,22 @@ done:
 void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     if (!x) return;
     for (int32_t l = 0; l < LSA_MAX_LAYERS; l++) lsa_gpu_layer_drop(x->layer[l]);
-    for (int32_t o = 0; o < LSA_MAX_CSA; o++) lsa_free(x->key[o]);
+    lsa_gpu_stream_destroy(x->stream);
+    if (x->parked) lsa_gpu_unpin(x->parked);
     lsa_gpu_teacher_destroy(x->teacher);
     lsa_free(x);
 }
 
-static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
-    const lsa_gpu_run *x = user;
+/* Rows of layer `ord` of a document, each token by some OpenMP thread. */
+static void call_taps(const lsa_gpu_run *x, const lsa_gpu_doc *doc, int32_t ord, const lsa_gpu_csa_rows *a) {
     const lsa_teacher_config *c = &x->e->c;
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t i = 0; i < a->m; i++) {
-        lsa_tap_csa t = {.ord = {c->csa_ord[x->in_work]},
-                         .layer = {x->in_work},
-                         .position = a->first + i,
-                         .n_visible = lsa_visible(a->first + i),
-                         .hidden = a->hidden + i * c->hidden,
+        const int64_t p = a->first + i;
+        lsa_tap_csa t = {.ord = {ord},
+                         .layer = c->csa_id[ord],
+                         .position = p,
+                         .n_visible = lsa_visible(p),
                          .n_sel = a->n_sel[i],
                          .sel = a->sel + i * a->top_k,
                          .sel_logit = a->logit + i * a->top_k,
@@ -133,31 +134,125 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
                          .window_mass = a->window_mass[i],
                          .sink_mass = a->sink_mass[i]};
         for (int32_t k = 0; k < a->n_probe; k++)
-            if (a->probe[k].position == t.position)
+            if (a->probe[k].position == p)
                 t.logit = a->probe[k].logit, t.iq = a->probe[k].iq, t.iw = a->probe[k].iw;
-        if (a->dense && (t.position + 1) % a->dense_every == 0)
+        if (a->hidden_stride && (p + 1) % a->hidden_stride == 0)
+            t.hidden = a->hidden + ((p + 1) / a->hidden_stride - a->first / a->hidden_stride - 1) * c->hidden;
+        if (a->dense_every && (p + 1) % a->dense_every == 0)
             t.dense_mass =
-                a->dense + ((t.position + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
-        x->taps->csa(x->taps->user, &t);
+                a->dense + ((p + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
+        doc->taps->csa(doc->taps->user, &t);
     }
 }
 
-lsa_status lsa_gpu_run_document(lsa_gpu_run *x, const int32_t *token, int64_t n, const int64_t *probe,
-                                int32_t n_probe, int64_t dense_every, const lsa_taps *taps,
-                                lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
-                                lsa_err *err) {
+/* One of what a document waits for is there: the rows of its CSA layers, and the queueing of its last layer.
+ */
+static void one_less(lsa_gpu_doc *doc) {
+    if (--doc->left == 0 && doc->done) doc->done(doc->user);
+}
+
+static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
+    const lsa_gpu_row_user *const u = user;
+    lsa_gpu_run *const x = u->run;
+    lsa_gpu_doc *const doc = u->doc;
+    const double t0 = lsa_now_s();
+    const int64_t Di = x->e->c.index_head_dim;
+    if (doc->key[u->ord] && a->n_key)
+        memcpy(doc->key[u->ord] + a->first_key * Di, a->key, (size_t)(a->n_key * Di) * sizeof *a->key);
+    if (doc->taps && doc->taps->csa) call_taps(x, doc, u->ord, a);
+    x->taps += lsa_now_s() - t0;
+    if (a->first + a->m == doc->n) one_less(doc);
+}
+
+static lsa_status begin(lsa_gpu_run *x, const lsa_gpu_doc *doc, lsa_err *err) {
+    const lsa_gpu_teacher_doc d = {doc->token,         doc->n,          doc->probe, doc->n_probe,
+                                   doc->hidden_stride, doc->dense_every};
+    return lsa_gpu_teacher_begin(x->teacher, &d, err);
+}
+
+static lsa_status through(lsa_gpu_run *x, lsa_gpu_doc *doc, int32_t l, const lsa_gpu_layer *layer,
+                          lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_teacher_config *c = &x->e->c;
-    x->taps = taps;
-    x->n = n;
-    LSA_TRY(lsa_gpu_teacher_begin(x->teacher, token, n, probe, n_probe, dense_every, err));
+    const int32_t ord = c->csa_ord[l];
+    if (ord >= 0) doc->rows[ord] = (lsa_gpu_row_user){x, doc, ord};
+    LSA_TRY(lsa_gpu_teacher_layer(x->teacher, layer, ord >= 0 ? on_rows : NULL,
+                                  ord >= 0 ? &doc->rows[ord] : NULL, err));
+    if (step) LSA_TRY(step(user, doc->n * (l + 1) / c->n_layer - doc->n * l / c->n_layer, err));
+done:
+    return st;
+}
+
+static lsa_status room_to_park(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n, lsa_err *err) {
+    const int64_t token = (int64_t)x->e->c.hc_mult * x->e->c.hidden * (int64_t)sizeof(float);
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < n; i++) tokens += doc[i]->n;
+    if (tokens <= x->parked_tokens) return LSA_OK;
+    lsa_status st = lsa_ctx_sync(x->ctx, err); /* what is parked may still be read */
+    if (st != LSA_OK) return st;
+    if (x->parked) lsa_gpu_unpin(x->parked);
+    x->parked = NULL;
+    x->parked_tokens = 0;
+    st = lsa_gpu_pin((void **)&x->parked, tokens * token, err);
+    if (st == LSA_OK) x->parked_tokens = tokens;
+    return st;
+}
+
+static lsa_status wave(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
+                       lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const lsa_teacher_config *c = &x->e->c;
+    const int64_t token = (int64_t)c->hc_mult * c->hidden;
+    LSA_TRY(room_to_park(x, doc, n, err));
     for (int32_t l = 0; l < c->n_layer; l++) {
-        x->in_work = l;
-        LSA_TRY(lsa_gpu_teacher_layer(x->teacher, x->layer[l], taps && taps->csa ? on_rows : NULL, x, err));
-        if (c->csa_ord[l] >= 0) LSA_TRY(lsa_gpu_teacher_keys(x->teacher, x->key[c->csa_ord[l]], err));
-        if (step) LSA_TRY(step(user, n * (l + 1) / c->n_layer - n * l / c->n_layer, err));
+        lsa_gpu_layer *layer;
+        LSA_TRY(lsa_gpu_stream_begin(&layer, x->stream, err));
+        float *at = x->parked;
+        for (int64_t i = 0; i < n; i++) {
+            LSA_TRY(begin(x, doc[i], err));
+            if (l > 0) LSA_TRY(lsa_gpu_teacher_load(x->teacher, at, err));
+            LSA_TRY(through(x, doc[i], l, layer, step, user, err));
+            if (l + 1 < c->n_layer) LSA_TRY(lsa_gpu_teacher_save(x->teacher, at, err));
+            LSA_TRY(lsa_gpu_stream_poll(x->stream, err));
+            at += doc[i]->n * token;
+            if (l + 1 == c->n_layer) one_less(doc[i]); /* it may be gone after this */
+        }
+        LSA_TRY(lsa_gpu_stream_end(x->stream, err));
     }
 done:
+    return st;
+}
+
+static lsa_status resident(lsa_gpu_run *x, lsa_gpu_doc *doc,
+                           lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                           lsa_err *err) {
+    lsa_status st = LSA_OK;
+    LSA_TRY(begin(x, doc, err));
+    for (int32_t l = 0; l < x->e->c.n_layer; l++) LSA_TRY(through(x, doc, l, x->layer[l], step, user, err));
+    one_less(doc);
+done:
+    return st;
+}
+
+lsa_status lsa_gpu_run_feed(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
+                            lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                            lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const double t0 = lsa_now_s(), taps = x->taps;
+    for (int64_t i = 0; i < n; i++) doc[i]->left = x->e->c.n_csa + 1;
+    if (x->stream)
+        LSA_TRY(wave(x, doc, n, step, user, err));
+    else
+        for (int64_t i = 0; i < n; i++) LSA_TRY(resident(x, doc[i], step, user, err));
+done:
+    x->feeding += lsa_now_s() - t0 - (x->taps - taps);
+    return st;
+}
+
+lsa_status lsa_gpu_run_drain(lsa_gpu_run *x, lsa_err *err) {
+    const double t0 = lsa_now_s(), taps = x->taps;
+    const lsa_status st = lsa_gpu_teacher_drain(x->teacher, err);
+    x->feeding += lsa_now_s() - t0 - (x->taps - taps);
     return st;
 }
 
@@ -165,7 +260,8 @@ lsa_status lsa_gpu_run_logits(lsa_gpu_run *x, int64_t first, int64_t m, float *l
     return lsa_gpu_teacher_logits(x->teacher, first, m, logits, err);
 }
 
-const float *lsa_gpu_run_keys(const lsa_gpu_run *x, lsa_csa_ord ord, int64_t *n) {
-    *n = x->n / LSA_CHUNK;
-    return x->key[ord.v];
+lsa_status lsa_gpu_run_times(lsa_gpu_run *x, lsa_gpu_times *out, lsa_err *err) {
+    out->taps = x->taps;
+    out->wait = x->feeding;
+    return lsa_gpu_teacher_seconds(x->teacher, out->gpu, err);
 }

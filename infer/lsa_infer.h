@@ -23,8 +23,10 @@ typedef struct lsa_engine lsa_engine;
 typedef struct lsa_session lsa_session;
 
 typedef struct lsa_engine_opts {
-    bool sim_fp8_kv;    /* fp8 simulation of window and compressed KV rows (5.2, 6.3) */
-    bool sim_fp4_index; /* fp4 simulation of index queries and keys (2.4, 7) */
+    bool sim_fp8_kv;     /* fp8 simulation of window and compressed KV rows (5.2, 6.3) */
+    bool sim_fp4_index;  /* fp4 simulation of index queries and keys (2.4, 7) */
+    bool without_layers; /* only what is outside the layers is loaded: for a GPU that streams them; no session
+                          */
 } lsa_engine_opts;
 
 LSA_NODISCARD lsa_status lsa_engine_open(lsa_engine **out, const char *dir, const lsa_engine_opts *opts,

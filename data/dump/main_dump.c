@@ -47,6 +47,12 @@
 
 static const char *const DEVICE_HELP = "where the teacher runs: cpu, cuda or cuda:N (default cpu)";
 
+static const char *const STREAM_HELP =
+    "with cuda: the weights pass through the GPU layer by layer, a wave of documents each time (default: if they "
+    "do not fit its memory); the numbers are the same";
+static const char *const WAVE_HELP =
+    "with --stream: tokens that pass a layer together (default: what the host budget holds)";
+
 static lsa_status need_inputs(const lsa_dump_opts *o, const char *out, lsa_err *err) {
     if (!o->teacher || !o->tokens || !out)
         LSA_RET_FAIL(LSA_E_ARG, "--teacher, --tokens and --out are required; see --help");
@@ -60,15 +66,20 @@ static lsa_status cmd_run(int argc, char **argv, lsa_err *err) {
     const lsa_opt opts[] = {DUMP_OPTS(o),
                             {"out", "SHARDS", LSA_OPT_STR, &out, "folder to write"},
                             {"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP},
+                            {"stream", NULL, LSA_OPT_FLAG, &o.stream, STREAM_HELP},
+                            {"wave-tokens", "N", LSA_OPT_I64, &o.wave_tokens, WAVE_HELP},
                             {"dry-run", NULL, LSA_OPT_FLAG, &dry, "print the plan and stop"},
-                            {"json", NULL, LSA_OPT_FLAG, &json, "print the plan as JSON"},
+                            {"json", NULL, LSA_OPT_FLAG, &json,
+                             "print the plan as a line of JSON, and a second one of where the seconds went"},
                             {0}};
     lsa_dump_plan plan;
+    lsa_dump_times times;
     lsa_cli_parse("Read documents through the teacher and write what its attention needed.", "", opts, argc,
                   argv, NULL, 0);
     lsa_status st = need_inputs(&o, out, err);
-    if (st == LSA_OK) st = lsa_dump_run(&o, out, device, dry, &plan, err);
+    if (st == LSA_OK) st = lsa_dump_run(&o, out, device, dry, &plan, &times, err);
     if (st == LSA_OK && json) st = lsa_dump_print_plan_json(&plan, true, err);
+    if (st == LSA_OK && json && !dry) st = lsa_dump_print_times_json(&times, err);
     return st;
 }
 
@@ -95,13 +106,18 @@ static lsa_status cmd_plan(int argc, char **argv, lsa_err *err) {
 
 static lsa_status cmd_resume(int argc, char **argv, lsa_err *err) {
     const char *dir, *device = "cpu";
-    const lsa_opt opts[] = {{"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP}, {0}};
+    lsa_dump_opts how = lsa_dump_defaults();
+    const lsa_opt opts[] = {{"device", "DEVICE", LSA_OPT_STR, &device, DEVICE_HELP},
+                            {"stream", NULL, LSA_OPT_FLAG, &how.stream, STREAM_HELP},
+                            {"wave-tokens", "N", LSA_OPT_I64, &how.wave_tokens, WAVE_HELP},
+                            {"host-budget", "SIZE", LSA_OPT_SIZE, &how.host_budget, "as in run"},
+                            {0}};
     bool imported;
     lsa_cli_parse("Go on with an interrupted dump or import from its last sealed shard.", "SHARDS", opts,
                   argc, argv, &dir, 1);
     const lsa_status st = lsa_import_made(&imported, dir, err);
     if (st != LSA_OK) return st;
-    return imported ? lsa_import_resume(dir, err) : lsa_dump_resume(dir, device, err);
+    return imported ? lsa_import_resume(dir, err) : lsa_dump_resume(dir, device, &how, err);
 }
 
 static lsa_status cmd_import(int argc, char **argv, lsa_err *err) {
@@ -163,6 +179,8 @@ static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
         {"recheck", "N", LSA_OPT_I64, &o.n,
          "also read N random documents through the teacher again and compare every stored number, bit for bit"},
         {"seed", "N", LSA_OPT_I64, &o.seed, "which documents --recheck draws (default 1)"},
+        {"device", "DEVICE", LSA_OPT_STR, &o.device,
+         "where --recheck runs the teacher: the kind of device that made the dump, or last bits differ (default cpu)"},
         {"teacher", "DIR", LSA_OPT_STR, &o.teacher, "for --recheck, if the teacher was moved since the dump"},
         {"tokens", "FILE", LSA_OPT_STR, &o.tokens, "the same for the token file"},
         {"needs", "FILE", LSA_OPT_STR, &o.needs, "the same for the index of planted needs"},
@@ -172,8 +190,8 @@ static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
         "Check a shard folder whole: hashes, structure, ranges, and native logits recomputed from the stored keys.",
         "SHARDS", opts, argc, argv, &dir, 1);
     if (o.n < 0) LSA_FAIL(LSA_E_ARG, "--recheck must not be negative");
-    if (o.n == 0 && (o.seed >= 0 || o.teacher || o.tokens || o.needs))
-        LSA_FAIL(LSA_E_ARG, "--seed, --teacher, --tokens and --needs belong to --recheck N");
+    if (o.n == 0 && (o.seed >= 0 || o.device || o.teacher || o.tokens || o.needs))
+        LSA_FAIL(LSA_E_ARG, "--seed, --device, --teacher, --tokens and --needs belong to --recheck N");
     if (o.seed < 0) o.seed = 1;
     LSA_TRY(lsa_shards_verify(dir, err));
     LSA_TRY(lsa_manifest_load(&m, dir, err));

@@ -12,6 +12,8 @@ typedef struct lsa_dump_opts {
     int64_t pool; /* 0: the teacher's index_topk */
     int64_t hidden_stride, dense_every, shard_bytes;
     bool no_stats, sim_fp8, sim_fp4;
+    bool stream;         /* weights layer by layer through the GPU. Not recorded, as the next two */
+    int64_t wave_tokens; /* with stream: tokens that pass a layer together; 0: what the host budget holds */
     int64_t host_budget; /* bytes of host memory; 0: this machine's. Not recorded: it changes nothing that is
                             written */
 } lsa_dump_opts;

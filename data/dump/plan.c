@@ -155,9 +155,9 @@ done:
 
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
     lsa_dump_streamed *s = &p->streamed;
-    s->token_bytes = 2 * (int64_t)l->c->hc_mult * l->c->hidden;
+    s->token_bytes = 4 * (int64_t)l->c->hc_mult * l->c->hidden;
     s->wave_tokens = p->host_budget / s->token_bytes;
-    s->gpu_bytes = p->teacher.largest_layer;
+    s->gpu_bytes = p->teacher.largest_layer + 2 * (p->host[LSA_HOST_WEIGHTS] / lsa_max_i64(l->c->n_layer, 1));
     s->passes = p->longest <= s->wave_tokens;
     int64_t wave = 0;
     for (int64_t i = 0; s->passes && i < l->n; i++) { /* documents whole, in order */
@@ -171,4 +171,26 @@ void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
                    2.0 * l->c->n_layer * (double)s->token_bytes * (double)p->tokens;
     s->flop_seconds = p->flops / LSA_PLAN_FLOPS;
     s->bus_seconds = s->bus_bytes / LSA_PLAN_BUS;
+}
+
+void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *l) {
+    const lsa_teacher_config *c = l->c;
+    const int64_t outside = 2 * 4 * (int64_t)c->vocab * c->hidden,
+                  token = 4 * (int64_t)c->hc_mult * c->hidden +
+                          c->n_csa * (4 * (int64_t)l->rule.pool +
+                                      (l->rule.stats ? 16 * (int64_t)c->index_topk : 0) + 200);
+    p->host_bytes -= p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
+    p->host[LSA_HOST_WEIGHTS] = outside + 2 * p->teacher.largest_layer;
+    p->host[LSA_HOST_SEQUENCE] = 4 * (int64_t)c->hc_mult * c->hidden * p->longest;
+    p->host_bytes += p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
+    const int64_t left = lsa_max_i64(p->host_budget - p->host_bytes, 0) / 2;
+    p->streamed.wave_tokens = lsa_max_i64(left / token, p->longest);
+}
+
+void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *l) {
+    const int64_t sealing = lsa_min_i64(LSA_DUMP_SEALING * l->shard_bytes, p->disk_bytes),
+                  flying = lsa_min_i64(LSA_DUMP_IN_FLIGHT, 2 * p->disk_bytes);
+    p->host[LSA_HOST_SHARD] += sealing;
+    p->host[LSA_HOST_DOCUMENT] += flying;
+    p->host_bytes += sealing + flying;
 }

@@ -28,16 +28,16 @@ typedef enum lsa_host_part {
     LSA_HOST_PARTS
 } lsa_host_part;
 
-/* A pass that would read the weights layer by layer for a wave of documents, activations kept in host memory.
- * This version does not have it: bounds from bytes and arithmetic, for choosing machines. */
+/* A pass that reads the weights layer by layer for a wave of documents, activations kept in host memory (run
+ * --stream): bounds from bytes and arithmetic, for choosing machines. */
 typedef struct lsa_dump_streamed {
-    int64_t wave_tokens, token_bytes; /* tokens whose residual streams (bf16) fill the host budget */
+    int64_t wave_tokens, token_bytes; /* tokens whose residual streams (f32) fill the host budget */
     int64_t passes;                   /* over the weights; 0: one document alone exceeds the budget */
     double bus_bytes;                 /* weights once a pass, streams to the GPU and back once a layer */
-    int64_t gpu_bytes;                /* the largest layer as stored */
+    int64_t gpu_bytes;                /* the largest layer, as stored and twice in f32 */
     double flop_seconds, bus_seconds; /* at the rates below */
 } lsa_dump_streamed;
-#define LSA_PLAN_FLOPS 780e12 /* bf16 matrix product measured on an H100 */
+#define LSA_PLAN_FLOPS 67e12  /* f32 peak of an H100 by its data sheet */
 #define LSA_PLAN_BUS   54.6e9 /* bytes/s, pinned host memory to an H100, measured */
 
 typedef struct lsa_dump_plan {
@@ -65,6 +65,13 @@ typedef struct lsa_dump_load {
 LSA_NODISCARD lsa_status lsa_dump_cost(lsa_dump_plan *p, const lsa_dump_load *load, lsa_err *err);
 /* The part of it that depends on documents and options: disk, and host but for the weights. */
 LSA_NODISCARD lsa_status lsa_dump_bytes(lsa_dump_plan *p, const lsa_dump_load *load, lsa_err *err);
+/* Streaming's host memory instead of all weights: two layers as stored, and what is outside the layers; half
+ * of what the budget then leaves holds a wave: f32 streams and statistics. */
+void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *load);
+/* With a GPU: shards that are being sealed, and documents between the GPU and the open shard. */
+#define LSA_DUMP_SEALING   3
+#define LSA_DUMP_IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document, or a wave, may have more */
+void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *load);
 /* From p->host_budget. */
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *load);
 

@@ -126,9 +126,9 @@ static lsa_status refuse_host(const lsa_dump_plan *p, const lsa_dump_load *l, ls
     if (p->host[LSA_HOST_WEIGHTS] > p->host_budget)
         LSA_RET_FAIL(
             LSA_E_NOMEM,
-            "the weights alone take %.1f GiB of host memory in f32, the budget is %.1f GiB; this version keeps "
-            "all of them in memory (a pass layer by layer is not in it), so only a machine with more memory "
-            "or a smaller teacher will do",
+            "the weights alone take %.1f GiB of host memory in f32, the budget is %.1f GiB; only a GPU that they "
+            "pass through layer by layer (run --device cuda --stream), a machine with more memory or a smaller "
+            "teacher will do",
             (double)p->host[LSA_HOST_WEIGHTS] / GIB, budget);
     try_stats(&a);
     try_dense(&a);

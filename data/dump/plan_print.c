@@ -53,10 +53,10 @@ static void print_parts(const char *const *name, const int64_t *v, int n) {
 static void print_streamed(const lsa_dump_plan *p, const lsa_teacher_config *c) {
     const lsa_dump_streamed *s = &p->streamed;
     printf(
-        "\nNOT IN THIS VERSION: a pass that streams the weights through a GPU, layer by layer. Lower bounds, not measured, from\n"
-        "bytes and FLOPs at %.0f TFLOP/s (bf16) and %.1f GB/s (host to GPU), both measured on an H100:\n",
-        LSA_PLAN_FLOPS * 1e-12, LSA_PLAN_BUS * 1e-9);
-    printf("wave       %lld tokens: %d streams of %d in bf16, %s a token, fill the host budget of %s\n",
+        "\nrun --device cuda --stream: weights pass through the GPU layer by layer. Lower bounds, not measured, from bytes at\n"
+        "%.1f GB/s (host to GPU) and FLOPs at %.0f TFLOP/s; this version computes in f32 without tensor cores:\n",
+        LSA_PLAN_BUS * 1e-9, LSA_PLAN_FLOPS * 1e-12);
+    printf("wave       %lld tokens: %d streams of %d in f32, %s a token, fill the host budget of %s\n",
            (long long)s->wave_tokens, c->hc_mult, c->hidden, size((double)s->token_bytes).s,
            size((double)p->host_budget).s);
     if (s->passes == 0) {
@@ -67,7 +67,7 @@ static void print_streamed(const lsa_dump_plan *p, const lsa_teacher_config *c) 
     }
     printf("passes     %lld over the weights; %s over the bus, streams to the GPU and back once a layer\n",
            (long long)s->passes, size(s->bus_bytes).s);
-    printf("GPU        at least %s: the largest layer as stored\n", size((double)s->gpu_bytes).s);
+    printf("GPU        at least %s: two layers in f32 and one as stored\n", size((double)s->gpu_bytes).s);
     printf("time       at least %s: arithmetic %s, bus %s\n",
            span(s->flop_seconds > s->bus_seconds ? s->flop_seconds : s->bus_seconds).s,
            span(s->flop_seconds).s, span(s->bus_seconds).s);
@@ -91,7 +91,7 @@ void lsa_dump_print_plan(const lsa_dump_plan *p, const lsa_teacher_config *c, co
     printf("host       at most %s", size((double)p->host_bytes).s);
     print_parts(host_name, p->host, LSA_HOST_PARTS);
     printf("; budget %s\n", size((double)p->host_budget).s);
-    printf("GPU        none: the teacher runs on the CPU, all weights in memory in f32, read once\n");
+    printf("GPU        none: this is the plan of --device cpu, all weights in memory in f32, read once\n");
     if (p->tokens_per_s > 0)
         printf(
             "time       about %s on this machine's CPU: %.0f tokens/s measured on %lld tokens, the rest by FLOPs\n",
@@ -118,7 +118,7 @@ lsa_status lsa_dump_print_plan_json(const lsa_dump_plan *p, bool fits, lsa_err *
                   parts_json(host_name, p->host, LSA_HOST_PARTS), "parameters", p->teacher.params,
                   "active_parameters", p->teacher.active, "weight_bytes", (json_int_t)p->teacher.bytes,
                   "flops", p->flops, "tokens_per_s", p->tokens_per_s, "seconds", p->seconds);
-    json_t *x = json_pack("{s:b, s:I, s:I, s:f, s:I, s:f, s:f}", "in_this_version", 0, "wave_tokens",
+    json_t *x = json_pack("{s:b, s:I, s:I, s:f, s:I, s:f, s:f}", "in_this_version", 1, "wave_tokens",
                           (json_int_t)s->wave_tokens, "passes", (json_int_t)s->passes, "bus_bytes",
                           s->bus_bytes, "gpu_bytes", (json_int_t)s->gpu_bytes, "flop_seconds",
                           s->flop_seconds, "bus_seconds", s->bus_seconds);

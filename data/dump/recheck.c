@@ -20,7 +20,8 @@ typedef struct recheck {
     lsa_manifest m;
     lsa_shards *shards;
     lsa_engine *engine;
-    lsa_session *session;
+    lsa_ctx *ctx;
+    lsa_reader reader;
     lsa_docs *docs;
     lsa_dump_rule rule;
     int64_t *pick; /* [n] ascending */
@@ -190,8 +191,8 @@ static lsa_status one_document(recheck *r, lsa_err *err) {
     const lsa_shards_info *f = lsa_shards_get_info(r->shards);
     const lsa_shards_doc d = lsa_shards_get_doc(r->shards, r->doc);
     r->different = 0;
-    LSA_TRY(lsa_tap_document(&got, &(lsa_reader){.session = r->session}, lsa_engine_config(r->engine),
-                             &r->rule, lsa_docs_at(r->docs, r->doc), false, on_chunk, r, err));
+    LSA_TRY(lsa_tap_document(&got, &r->reader, lsa_engine_config(r->engine), &r->rule,
+                             lsa_docs_at(r->docs, r->doc), false, on_chunk, r, err));
     if (d.n_row != got.n_token || d.n_key != got.n_key || d.n_hidden != got.n_hidden)
         LSA_FAIL(
             LSA_E_FORMAT,
@@ -298,7 +299,11 @@ static lsa_status run(recheck *r, const lsa_recheck_opts *o, lsa_err *err) {
         so.max_tokens = lsa_max_i64(so.max_tokens, n);
         tokens += n;
     }
-    LSA_TRY(lsa_session_create(&r->session, r->engine, &so, err));
+    LSA_TRY(lsa_ctx_create(&r->ctx, o->device ? o->device : "cpu", err));
+    LSA_TRY(lsa_ctx_kind(r->ctx) == LSA_BACKEND_CUDA
+                ? lsa_gpu_run_create(&r->reader.gpu, r->ctx, r->engine, so.max_tokens, 0, false, err)
+                : lsa_session_create(&r->reader.session, r->engine, &so, err));
+    LSA_TRY(lsa_reader_check(&r->reader, lsa_engine_config(r->engine), &r->rule, err));
     lsa_progress_begin(&r->progress, "recheck", "tokens", (double)tokens, 0);
     for (int64_t i = 0; i < r->n; i++) {
         r->doc = r->pick[i];
@@ -309,7 +314,7 @@ static lsa_status run(recheck *r, const lsa_recheck_opts *o, lsa_err *err) {
         LSA_FAIL(
             LSA_E_FORMAT,
             "%lld of %lld rechecked documents differ from what the teacher gives; the shards are wrong, or "
-            "another CPU or build made them (then differences are many and tiny): dump again",
+            "another device, CPU or build made them (then differences are many and tiny): dump again",
             (long long)r->bad_documents, (long long)r->n);
 done:
     return st;
@@ -324,7 +329,9 @@ lsa_status lsa_dump_recheck(int64_t *values, const char *dir, const lsa_recheck_
     *values = r.values;
 done:
     lsa_free(r.pick);
-    lsa_session_destroy(r.session);
+    lsa_session_destroy(r.reader.session);
+    lsa_gpu_run_destroy(r.reader.gpu);
+    lsa_ctx_destroy(r.ctx);
     lsa_docs_close(r.docs);
     lsa_engine_close(r.engine);
     lsa_shards_close(r.shards);

@@ -8,6 +8,7 @@
 #include "kernels/core/lsa_status.h"
 
 typedef struct lsa_recheck_opts {
+    const char *device; /* where the teacher runs: that of the dump, or last bits differ; NULL: cpu */
     const char *teacher, *tokens, *needs; /* NULL: where the manifest says they were */
     int64_t n;                            /* documents, drawn without repetition */
     int64_t seed;

@@ -1,8 +1,9 @@
 /* The dump loop. Invariant: shard boundaries are a function of the documents and options alone, so a run that
  * was killed and resumed writes the same bytes as one that was not.
  *
- * DURABLE: manifest.json is replaced after each sealed shard; a sealed file that it does not name (killed in
- * between) is simply written again. */
+ * With a GPU four things go on at once: the GPU computes, this thread queues its work and hands arriving rows
+ * to the taps (on OpenMP threads), a second thread merges documents whose rows are all there, a third seals.
+ */
 #include "data/dump/run.h"
 
 #include <dirent.h>
@@ -13,6 +14,9 @@
 #include <unistd.h>
 
 #include "data/dump/inputs.h"
+#include "data/dump/lane.h"
+#include "data/dump/sink.h"
+#include "kernels/core/clock.h"
 #include "kernels/core/file.h"
 #include "kernels/core/hash.h"
 #include "kernels/core/log.h"
@@ -28,27 +32,18 @@ typedef struct dump {
     lsa_reader reader;
     lsa_dump_inputs in;
     lsa_manifest m;
-    LSA_VEC(lsa_doc_stats) open; /* documents of the shard being gathered */
-    int64_t open_bytes;
+    lsa_sink *sink;
+    lsa_lane *merging;               /* of documents read by a GPU */
+    LSA_VEC(struct flight *) flying; /* fed and not yet there */
+    bool stream;
+    int64_t wave_tokens;
+    lsa_status given; /* of handing documents on */
+    lsa_err why;
+    lsa_gpu_times before; /* the first document */
+    lsa_dump_times *times;
     lsa_progress progress;
     int64_t done_tokens;
 } dump;
-
-static lsa_status seal(dump *d, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    lsa_manifest_shard s;
-    char file[64];
-    if (d->open.len == 0) return LSA_OK;
-    snprintf(file, sizeof file, "shard_%05lld.h5", (long long)d->m.shard.len);
-    LSA_TRY(lsa_shard_seal(&s, d->out, file, &d->m.info, d->open.data, d->open.len, err));
-    LSA_TRY(lsa_manifest_add(&d->m, &s, err));
-    LSA_TRY(lsa_manifest_save(&d->m, d->out, err));
-    for (int64_t i = 0; i < d->open.len; i++) lsa_doc_stats_fini(&d->open.data[i]);
-    d->open.len = 0;
-    d->open_bytes = 0;
-done:
-    return st;
-}
 
 /* After every chunk of tokens: Ctrl-C, and the progress line. */
 static lsa_status on_chunk(void *user, int64_t n, lsa_err *err) {
@@ -57,19 +52,130 @@ static lsa_status on_chunk(void *user, int64_t n, lsa_err *err) {
     lsa_progress_update(&d->progress, (double)d->done_tokens, NULL);
     if (lsa_stop_requested())
         LSA_RET_FAIL(LSA_E_INTERRUPTED, "stopped after %lld of %lld documents; 'lsa-dump resume %s' goes on",
-                     (long long)d->m.info.n_doc, (long long)lsa_docs_count(d->in.docs), d->out);
+                     (long long)lsa_sink_sealed(d->sink), (long long)lsa_docs_count(d->in.docs), d->out);
     return LSA_OK;
 }
 
-static lsa_status one_document(dump *d, const lsa_doc *doc, lsa_err *err) {
+static lsa_status by_session(dump *d, int64_t first, int64_t n, lsa_err *err) {
     lsa_status st = LSA_OK;
-    LSA_TRY(LSA_VEC_RESERVE(d->open, d->open.len + 1, err));
-    LSA_TRY(lsa_tap_document(&d->open.data[d->open.len], &d->reader, lsa_engine_config(d->engine),
-                             &d->in.load.rule, doc, d->open.len == 0, on_chunk, d, err));
-    d->open_bytes += lsa_doc_stats_bytes(&d->open.data[d->open.len], &d->m.info);
-    d->open.len++;
+    for (int64_t i = first; i < n; i++) {
+        lsa_doc_stats x;
+        LSA_TRY(lsa_tap_document(&x, &d->reader, lsa_engine_config(d->engine), &d->in.load.rule,
+                                 lsa_docs_at(d->in.docs, i), lsa_sink_at_start(d->sink), on_chunk, d, err));
+        LSA_TRY(lsa_sink_add(d->sink, &x, err));
+    }
 done:
     return st;
+}
+
+/* ---- with a GPU ---- */
+
+typedef struct flight { /* a document between its first layer and the sink */
+    struct dump *d;
+    const lsa_doc *doc;
+    lsa_tap_state *taps;
+    int64_t bytes;
+} flight;
+
+static void drop_flight(void *item) {
+    flight *const f = item;
+    if (f) lsa_tap_end(f->taps);
+    lsa_free(f);
+}
+
+static lsa_status merge(void *user, void *item, lsa_err *err) {
+    dump *const d = user;
+    flight *const f = item;
+    lsa_doc_stats x;
+    const lsa_status st = lsa_tap_finish(&x, f->taps, NULL, f->doc, err);
+    return st == LSA_OK ? lsa_sink_add(d->sink, &x, err) : st;
+}
+
+static void arrived(void *user) {
+    flight *const f = user;
+    dump *const d = f->d;
+    lsa_err why = {0};
+    for (int64_t i = 0; i < d->flying.len; i++)
+        if (d->flying.data[i] == f) d->flying.data[i] = d->flying.data[--d->flying.len];
+    const lsa_status st = lsa_lane_give(d->merging, f, f->bytes, &why);
+    if (st != LSA_OK && d->given == LSA_OK) d->given = st, d->why = why;
+}
+
+/* As tap.c holds it, and once more merged. */
+static int64_t flight_bytes(const dump *d, int64_t n) {
+    const lsa_teacher_config *c = lsa_engine_config(d->engine);
+    const lsa_dump_rule *r = &d->in.load.rule;
+    return n * c->n_csa * (4 * (int64_t)r->pool + (r->stats ? 16 * (int64_t)c->index_topk : 0) + 200);
+}
+
+/* What the lane said when something was given to it. */
+static lsa_status given(const dump *d, lsa_err *err) {
+    if (d->given != LSA_OK && err && err->code == LSA_OK) *err = d->why;
+    return d->given;
+}
+
+static lsa_status take_off(lsa_gpu_doc **out, dump *d, const lsa_doc *doc, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    flight *f = NULL;
+    LSA_TRY(LSA_VEC_RESERVE(d->flying, d->flying.len + 1, err));
+    LSA_TRY(LSA_NEW(f, 1, err));
+    *f = (flight){.d = d, .doc = doc, .bytes = flight_bytes(d, doc->n_token)};
+    d->flying.data[d->flying.len++] = f;
+    LSA_TRY(lsa_tap_begin(&f->taps, lsa_engine_config(d->engine), &d->in.load.rule, doc->n_token, true, err));
+    LSA_TRY(lsa_tap_gpu_doc(out, f->taps, doc, err));
+    (*out)->done = arrived;
+    (*out)->user = f;
+done:
+    return st;
+}
+
+/* Documents [first, last) through the GPU. */
+static lsa_status feed(dump *d, int64_t first, int64_t last, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_gpu_doc **g = NULL;
+    int64_t bytes = 0;
+    for (int64_t i = first; i < last; i++) bytes += flight_bytes(d, lsa_docs_at(d->in.docs, i)->n_token);
+    if (!lsa_lane_try(d->merging, bytes)) {
+        LSA_TRY(lsa_gpu_run_drain(d->reader.gpu, err)); /* what is waited for must be able to arrive */
+        LSA_TRY(lsa_lane_reserve(d->merging, bytes, err));
+    }
+    LSA_TRY(LSA_NEW(g, last - first, err));
+    for (int64_t i = first; i < last; i++)
+        LSA_TRY(take_off(&g[i - first], d, lsa_docs_at(d->in.docs, i), err));
+    LSA_TRY(lsa_gpu_run_feed(d->reader.gpu, g, last - first, on_chunk, d, err));
+    LSA_TRY(given(d, err));
+done:
+    lsa_free(g);
+    return st;
+}
+
+/* The documents that pass the layers with the first one: it alone, if the weights stay on the GPU. */
+static int64_t wave_end(const dump *d, int64_t first, int64_t n) {
+    int64_t i = first + 1, tokens = lsa_docs_at(d->in.docs, first)->n_token;
+    for (; d->stream && i < n; i++) {
+        tokens += lsa_docs_at(d->in.docs, i)->n_token;
+        if (tokens > d->wave_tokens) break;
+    }
+    return i;
+}
+
+static lsa_status by_gpu(dump *d, int64_t first, int64_t n, lsa_err *err) {
+    lsa_status st = LSA_OK, ended;
+    LSA_TRY(lsa_gpu_run_times(d->reader.gpu, &d->before, err));
+    LSA_TRY(lsa_lane_create(&d->merging, "merging", LSA_DUMP_IN_FLIGHT, merge, drop_flight, d, err));
+    for (int64_t i = first, end; i < n; i = end) {
+        end = wave_end(d, i, n);
+        LSA_TRY(feed(d, i, end, err));
+    }
+done:
+    ended = lsa_gpu_run_drain(d->reader.gpu, st == LSA_OK ? err : NULL);
+    if (st == LSA_OK) st = ended;
+    if (st == LSA_OK) st = given(d, err);
+    for (int64_t i = 0; i < d->flying.len; i++)
+        drop_flight(d->flying.data[i]); /* of a run that was stopped */
+    d->flying.len = 0;
+    ended = lsa_lane_finish(d->merging, st != LSA_OK, err);
+    return st != LSA_OK ? st : ended;
 }
 
 static void fill_info(lsa_shards_info *f, const dump *d) {
@@ -90,7 +196,8 @@ static void fill_info(lsa_shards_info *f, const dump *d) {
 }
 
 static lsa_status open_teacher(dump *d, lsa_err *err) {
-    const lsa_engine_opts eo = {.sim_fp8_kv = d->o->sim_fp8, .sim_fp4_index = d->o->sim_fp4};
+    const lsa_engine_opts eo = {
+        .sim_fp8_kv = d->o->sim_fp8, .sim_fp4_index = d->o->sim_fp4, .without_layers = d->stream};
     const lsa_status st = lsa_engine_open(&d->engine, d->o->teacher, &eo, err);
     if (st == LSA_OK && *lsa_teacher_note(lsa_engine_teacher(d->engine)))
         lsa_warn("%s", lsa_teacher_note(lsa_engine_teacher(d->engine)));
@@ -120,14 +227,40 @@ done:
     return st;
 }
 
-/* Before anything is written: a GPU that is not there, or a rule that it does not serve. */
+/* Opens the device. Weights are streamed if that was asked for, or if they do not fit its memory; the plan
+ * then counts what streaming keeps in host memory instead of all weights. */
+static lsa_status open_device(dump *d, lsa_dump_plan *plan, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    int64_t room = 0;
+    const int64_t all = plan->host[LSA_HOST_WEIGHTS];
+    LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
+    d->stream = d->o->stream;
+    if (lsa_ctx_kind(d->ctx) != LSA_BACKEND_CUDA) {
+        if (d->stream || d->o->wave_tokens)
+            LSA_FAIL(LSA_E_ARG, "--stream and --wave-tokens belong to --device cuda");
+        goto done;
+    }
+    lsa_dump_plan_beside(plan, &d->in.load);
+    LSA_TRY(lsa_gpu_free_bytes(&room, d->ctx, err));
+    d->stream = d->stream || all > room / 5 * 4;
+    if (!d->stream) {
+        if (d->o->wave_tokens) LSA_FAIL(LSA_E_ARG, "--wave-tokens belongs to --stream");
+        goto done;
+    }
+    lsa_dump_plan_streaming(plan, &d->in.load);
+    d->wave_tokens = d->o->wave_tokens ? d->o->wave_tokens : plan->streamed.wave_tokens;
+    lsa_info(
+        "plan: weights (%.1f GiB in f32, the GPU has %.1f GiB free) pass layer by layer, %lld tokens at a time",
+        (double)all / 0x1p30, (double)room / 0x1p30, (long long)d->wave_tokens);
+done:
+    return st;
+}
+
+/* Before anything is written: a rule that the device does not serve. */
 static lsa_status open_reader(dump *d, int64_t longest, lsa_err *err) {
     lsa_status st = LSA_OK;
-    LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
     if (lsa_ctx_kind(d->ctx) == LSA_BACKEND_CUDA) {
-        lsa_warn(
-            "the GPU pass has run on emulated kernels only, not yet on a GPU: compare some documents with a dump by --device cpu");
-        LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, err));
+        LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, d->stream, err));
     } else {
         const lsa_session_opts so = {.max_tokens = longest, .chunk = LSA_TAP_CHUNK};
         LSA_TRY(lsa_session_create(&d->reader.session, d->engine, &so, err));
@@ -137,9 +270,30 @@ done:
     return st;
 }
 
+/* What the time went into; GPU stages and the other threads run side by side. */
+static lsa_status tell_times(dump *d, double seconds, int64_t tokens, lsa_err *err) {
+    lsa_dump_times *const t = d->times;
+    lsa_status st = LSA_OK;
+    t->seconds = seconds;
+    t->tokens = tokens;
+    t->sealing = lsa_sink_seconds(d->sink);
+    if (!d->reader.gpu) return LSA_OK;
+    t->merging = lsa_lane_seconds(d->merging);
+    LSA_TRY(lsa_gpu_run_times(d->reader.gpu, &t->gpu, err));
+    for (int i = 0; i < LSA_GPU_STAGES; i++) t->gpu.gpu[i] -= d->before.gpu[i];
+    t->gpu.taps -= d->before.taps;
+    t->gpu.wait -= d->before.wait;
+    t->on_gpu = true;
+    lsa_dump_log_times(t);
+done:
+    return st;
+}
+
 static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t n_doc = lsa_docs_count(d->in.docs), first = d->m.info.n_doc;
+    double start;
+    int64_t before;
     if (first > n_doc)
         LSA_FAIL(LSA_E_FORMAT, "'%s': the manifest has %lld documents sealed, the input has %lld", d->out,
                  (long long)first, (long long)n_doc);
@@ -147,26 +301,31 @@ static lsa_status loop(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     for (int64_t i = 0; i < first; i++) d->done_tokens += lsa_docs_at(d->in.docs, i)->n_token;
     if (first < n_doc)
         LSA_TRY(lsa_dump_measure(plan, &d->reader, &d->in, lsa_docs_at(d->in.docs, first), first, err));
+    before = d->done_tokens;
     lsa_dump_log_plan(plan);
     LSA_TRY(lsa_dump_clean(&d->m, d->out, err));
     lsa_progress_begin(&d->progress, "dump", "tokens", (double)plan->tokens, (double)d->done_tokens);
-    for (int64_t i = first; i < n_doc; i++) {
-        LSA_TRY(one_document(d, lsa_docs_at(d->in.docs, i), err));
-        if (d->open_bytes >= d->o->shard_bytes) LSA_TRY(seal(d, err));
-    }
-    LSA_TRY(seal(d, err));
+    LSA_TRY(lsa_sink_create(&d->sink, &d->m, d->out, d->o->shard_bytes, d->reader.gpu != NULL, err));
+    start = lsa_now_s();
+    LSA_TRY(d->reader.gpu ? by_gpu(d, first, n_doc, err) : by_session(d, first, n_doc, err));
+    LSA_TRY(lsa_sink_finish(d->sink, err));
+    if (d->m.info.n_doc != n_doc)
+        LSA_FAIL(LSA_E_BUG, "%lld of %lld documents were sealed", (long long)d->m.info.n_doc,
+                 (long long)n_doc);
     d->m.complete = true;
     LSA_TRY(lsa_manifest_save(&d->m, d->out, err));
     lsa_progress_end(&d->progress);
     lsa_info("sealed %lld shards: %lld documents, %lld tokens", (long long)d->m.shard.len,
              (long long)d->m.info.n_doc, (long long)d->m.info.n_token);
+    LSA_TRY(tell_times(d, lsa_now_s() - start, d->done_tokens - before, err));
 done:
     return st;
 }
 
 static void dump_fini(dump *d) {
-    for (int64_t i = 0; i < d->open.len; i++) lsa_doc_stats_fini(&d->open.data[i]);
-    lsa_free(d->open.data);
+    lsa_lane_destroy(d->merging); /* before the sink that it feeds */
+    lsa_sink_destroy(d->sink);
+    lsa_free(d->flying.data);
     lsa_session_destroy(d->reader.session);
     lsa_gpu_run_destroy(d->reader.gpu);
     lsa_ctx_destroy(d->ctx);
@@ -209,9 +368,10 @@ done:
 }
 
 lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, const char *device, bool dry_run,
-                        lsa_dump_plan *plan, lsa_err *err) {
+                        lsa_dump_plan *plan, lsa_dump_times *times, lsa_err *err) {
     lsa_status st = LSA_OK;
-    dump d = {.o = o, .out = out, .device = device};
+    dump d = {.o = o, .out = out, .device = device, .times = times};
+    memset(times, 0, sizeof *times);
     int lock = -1;
     char abs[3][LSA_PATH_MAX];
     memset(plan, 0, sizeof *plan);
@@ -221,6 +381,7 @@ lsa_status lsa_dump_run(const lsa_dump_opts *o, const char *out, const char *dev
     if (o->needs) LSA_TRY(absolute(abs[2], o->needs, err));
     LSA_TRY(lsa_dump_inputs_open(&d.in, o, NULL, err));
     LSA_TRY(lsa_dump_inputs_plan(plan, &d.in, o, out, err));
+    LSA_TRY(open_device(&d, plan, err));
     LSA_TRY(lsa_dump_fits(plan, &d.in.load, out, err));
     LSA_TRY(open_teacher(&d, err));
     if (dry_run) {
@@ -245,10 +406,11 @@ done:
     return st;
 }
 
-lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
+lsa_status lsa_dump_resume(const char *out, const char *device, const lsa_dump_opts *how, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_dump_opts o;
-    dump d = {.o = &o, .out = out, .device = device};
+    lsa_dump_times times = {0};
+    dump d = {.o = &o, .out = out, .device = device, .times = &times};
     lsa_dump_plan plan = {0};
     int lock = -1;
     char hex[17];
@@ -263,7 +425,10 @@ lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
         goto done;
     }
     LSA_TRY(lsa_dump_opts_from_json(&o, d.m.run, out, err));
+    o.stream = how->stream, o.wave_tokens = how->wave_tokens, o.host_budget = how->host_budget;
     LSA_TRY(lsa_dump_inputs_open(&d.in, &o, NULL, err));
+    LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
+    LSA_TRY(open_device(&d, &plan, err));
     LSA_TRY(open_teacher(&d, err));
     LSA_TRY(lsa_json_str(&want, d.m.run, "documents_xxh64", out, err));
     lsa_hex64(hex, lsa_docs_hash(d.in.docs));
@@ -273,7 +438,6 @@ lsa_status lsa_dump_resume(const char *out, const char *device, lsa_err *err) {
     if (lsa_teacher_hash(lsa_engine_teacher(d.engine)) != d.m.info.teacher_hash)
         LSA_FAIL(LSA_E_FORMAT, "the teacher in '%s' changed since the dump began; start a new dump",
                  o.teacher);
-    LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
     LSA_TRY(open_reader(&d, plan.longest, err));
     LSA_TRY(loop(&d, &plan, err));
 done:

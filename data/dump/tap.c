@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "data/dump/votes.h"
@@ -42,8 +43,24 @@ struct lsa_tap_state {
     int64_t n_token, n_hidden, n_dense, cap;
     int64_t probe[LSA_MAX_PROBE], probe_at[LSA_MAX_PROBE + 1], n_probe;
     layer_slots layer[LSA_MAX_CSA];
+    lsa_gpu_doc gpu; /* keys owned */
+    lsa_taps taps;
     atomic_bool failed; /* out of memory inside a callback */
 };
+
+/* Not zeroed, for what is written before it is read: the pages then come in by the threads that write. */
+static lsa_status blank(void **out, int64_t n, size_t size, lsa_err *err) {
+    int64_t bytes = 0;
+    *out = NULL;
+    if (n <= 0) return LSA_OK;
+    if (lsa_mul_i64(n, (int64_t)size, &bytes) && bytes <= INT64_MAX - 64)
+        *out = aligned_alloc(64, (size_t)lsa_align_up(bytes, 64));
+    if (!*out)
+        LSA_RET_FAIL(LSA_E_NOMEM, "statistics of a document: %lld elements of %zu bytes refused",
+                     (long long)n, size);
+    return LSA_OK;
+}
+#define BLANK(p, n, err) blank((void **)&(p), (int64_t)(n), sizeof *(p), (err))
 
 static bool on_dense_row(const lsa_tap_state *t, int64_t pos) {
     return t->rule.dense_every > 0 && (pos + 1) % t->rule.dense_every == 0;
@@ -148,12 +165,12 @@ lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const
     }
     for (int32_t o = 0; o < c->n_csa; o++) {
         layer_slots *l = &t->layer[o];
-        LSA_TRY(LSA_NEW(l->vote, n_token * rule->pool, err));
+        LSA_TRY(BLANK(l->vote, n_token * rule->pool, err));
         LSA_TRY(LSA_NEW(l->n_vote, n_token, err));
         if (rule->stats) {
-            LSA_TRY(LSA_NEW(l->sel, n_token * t->cap, err));
-            LSA_TRY(LSA_NEW(l->logit, n_token * t->cap, err));
-            LSA_TRY(LSA_NEW(l->mass, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->sel, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->logit, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->mass, n_token * t->cap, err));
             LSA_TRY(LSA_NEW(l->n_sel, n_token, err));
             LSA_TRY(LSA_NEW(l->local, n_token, err));
             LSA_TRY(LSA_NEW(l->sink, n_token, err));
@@ -181,7 +198,7 @@ void lsa_tap_end(lsa_tap_state *t) {
             lsa_free(l->dense[i].mass);
         }
         void *p[] = {l->sel,  l->logit,  l->mass,  l->n_sel, l->vote, l->n_vote, l->local,
-                     l->sink, l->hidden, l->dense, l->iq,    l->iw,   l->plogit};
+                     l->sink, l->hidden, l->dense, l->iq,    l->iw,   l->plogit, t->gpu.key[o]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     }
     lsa_free(t);
@@ -221,11 +238,15 @@ static lsa_status make_labels(lsa_csr *c, const lsa_tap_state *t, lsa_err *err) 
     lsa_status st = LSA_OK;
     c->n_row = t->n_token;
     LSA_TRY(LSA_NEW(c->begin, t->n_token + 1, err));
-    for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = c->begin[r] + merge_votes(t, r, NULL, NULL);
+#pragma omp parallel for
+    for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = merge_votes(t, r, NULL, NULL);
+    for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] += c->begin[r];
     c->n_entry = c->begin[t->n_token];
-    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
-    LSA_TRY(LSA_NEW(c->votes, c->n_entry, err));
-    for (int64_t r = 0; r < t->n_token && c->n_entry; r++)
+    LSA_TRY(BLANK(c->chunk, c->n_entry, err));
+    LSA_TRY(BLANK(c->votes, c->n_entry, err));
+    if (c->n_entry == 0) goto done;
+#pragma omp parallel for
+    for (int64_t r = 0; r < t->n_token; r++)
         merge_votes(t, r, c->chunk + c->begin[r], c->votes + c->begin[r]);
 done:
     return st;
@@ -237,9 +258,10 @@ static lsa_status make_stats(lsa_csr *c, const lsa_tap_state *t, const layer_slo
     LSA_TRY(LSA_NEW(c->begin, t->n_token + 1, err));
     for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = c->begin[r] + l->n_sel[r];
     c->n_entry = c->begin[t->n_token];
-    LSA_TRY(LSA_NEW(c->chunk, c->n_entry, err));
-    LSA_TRY(LSA_NEW(c->logit, c->n_entry, err));
-    LSA_TRY(LSA_NEW(c->mass, c->n_entry, err));
+    LSA_TRY(BLANK(c->chunk, c->n_entry, err));
+    LSA_TRY(BLANK(c->logit, c->n_entry, err));
+    LSA_TRY(BLANK(c->mass, c->n_entry, err));
+#pragma omp parallel for
     for (int64_t r = 0; r < t->n_token; r++) {
         const size_t n = (size_t)l->n_sel[r];
         if (n == 0) continue;
@@ -275,14 +297,14 @@ done:
 }
 
 static bool bf16_finite(const uint16_t *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        if ((x[i] & 0x7f80u) == 0x7f80u) return false;
-    return true;
+    bool bad = false;
+    for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7f80u) == 0x7f80u;
+    return !bad;
 }
 static bool f16_finite(const uint16_t *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        if ((x[i] & 0x7c00u) == 0x7c00u) return false;
-    return true;
+    bool bad = false;
+    for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7c00u) == 0x7c00u;
+    return !bad;
 }
 
 /* Sound weights can still overflow on the way; such a document must not be sealed. */
@@ -313,7 +335,7 @@ static lsa_status check_finite(const lsa_doc_stats *x, const lsa_tap_state *t, l
 
 #define TAKE(dst, src) ((dst) = (src), (src) = NULL)
 
-lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_reader *r, const lsa_doc *doc,
+lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc,
                           lsa_err *err) {
     lsa_status st = LSA_OK;
     memset(out, 0, sizeof *out);
@@ -339,10 +361,10 @@ lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_reader
         }
         if (t->rule.dense_every) LSA_TRY(make_dense(&out->dense[o], t, l, err));
         if (!t->rule.has_keys[o]) continue;
-        int64_t n_key;
-        const float *key = r->gpu ? lsa_gpu_run_keys(r->gpu, (lsa_csa_ord){o}, &n_key)
-                                  : lsa_session_keys(r->session, (lsa_csa_ord){o}, &n_key);
-        LSA_TRY(LSA_NEW(out->key[o], n_key * LSA_KEY_BYTES, err));
+        int64_t n_key = out->n_key;
+        const float *const key = s ? lsa_session_keys(s, (lsa_csa_ord){o}, &n_key) : t->gpu.key[o];
+        LSA_TRY(BLANK(out->key[o], n_key * LSA_KEY_BYTES, err));
+#pragma omp parallel for
         for (int64_t i = 0; i < n_key; i++) lsa_key_encode(out->key[o] + i * LSA_KEY_BYTES, key + i * 128);
         TAKE(out->hidden[o], l->hidden);
         TAKE(out->probe_iq[o], l->iq);
@@ -380,6 +402,36 @@ done:
     return st;
 }
 
+lsa_status lsa_tap_gpu_doc(lsa_gpu_doc **out, lsa_tap_state *t, const lsa_doc *doc, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    t->taps = lsa_tap_callbacks(t);
+    t->gpu = (lsa_gpu_doc){.token = doc->token,
+                           .n = doc->n_token,
+                           .probe = t->probe,
+                           .n_probe = (int32_t)t->n_probe,
+                           .hidden_stride = t->rule.hidden_stride,
+                           .dense_every = t->rule.dense_every,
+                           .taps = &t->taps};
+    *out = &t->gpu;
+    for (int32_t o = 0; o < t->c->n_csa; o++)
+        if (t->rule.has_keys[o])
+            LSA_TRY(BLANK(t->gpu.key[o], doc->n_token / LSA_CHUNK * t->c->index_head_dim, err));
+done:
+    return st;
+}
+
+static lsa_status read_by_gpu(lsa_gpu_run *x, lsa_tap_state *t, const lsa_doc *doc,
+                              lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
+                              lsa_err *err) {
+    lsa_gpu_doc *g;
+    lsa_status st = lsa_tap_gpu_doc(&g, t, doc, err), drained;
+    if (st != LSA_OK) return st;
+    st = lsa_gpu_run_feed(x, &g, 1, step, user, err);
+    drained =
+        lsa_gpu_run_drain(x, st == LSA_OK ? err : NULL); /* the state must not go before its rows come */
+    return st != LSA_OK ? st : drained;
+}
+
 lsa_status lsa_tap_document(lsa_doc_stats *out, const lsa_reader *r, const lsa_teacher_config *c,
                             const lsa_dump_rule *rule, const lsa_doc *doc, bool probe,
                             lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
@@ -388,10 +440,9 @@ lsa_status lsa_tap_document(lsa_doc_stats *out, const lsa_reader *r, const lsa_t
     lsa_tap_state *t = NULL;
     LSA_TRY(lsa_tap_begin(&t, c, rule, doc->n_token, probe, err));
     const lsa_taps taps = lsa_tap_callbacks(t);
-    LSA_TRY(r->gpu ? lsa_gpu_run_document(r->gpu, doc->token, doc->n_token, t->probe, (int32_t)t->n_probe,
-                                          rule->dense_every, &taps, step, user, err)
+    LSA_TRY(r->gpu ? read_by_gpu(r->gpu, t, doc, step, user, err)
                    : read_by_session(r->session, doc, &taps, step, user, err));
-    LSA_TRY(lsa_tap_finish(out, t, r, doc, err));
+    LSA_TRY(lsa_tap_finish(out, t, r->session, doc, err));
 done:
     lsa_tap_end(t);
     return st;

@@ -41,9 +41,12 @@ typedef struct lsa_tap_state lsa_tap_state;
 LSA_NODISCARD lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c,
                                        const lsa_dump_rule *rule, int64_t n_token, bool probe, lsa_err *err);
 lsa_taps lsa_tap_callbacks(lsa_tap_state *t);
-/* Turns what was gathered, and the reader's keys, into `out`; the state is freed by lsa_tap_end either way.
- */
-LSA_NODISCARD lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_reader *r,
+/* What a GPU run is fed for it: borrowed, as long as the state; the caller sets done and user. */
+LSA_NODISCARD lsa_status lsa_tap_gpu_doc(lsa_gpu_doc **out, lsa_tap_state *t, const lsa_doc *doc,
+                                         lsa_err *err);
+/* Turns what was gathered into `out`, with the keys of the session or, NULL, of the GPU run; the state is
+ * freed by lsa_tap_end either way. */
+LSA_NODISCARD lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s,
                                         const lsa_doc *doc, lsa_err *err);
 void lsa_tap_end(lsa_tap_state *t);
 

@@ -3,41 +3,66 @@
 #include "data/dump/votes.h"
 
 #include <math.h>
-#include <stdlib.h>
+#include <stdbool.h>
 #include <string.h>
 
+#include "kernels/core/dtype.h"
+
 #define MAX_POOL 4096
+#define RUN      8
 
-typedef struct ranked {
-    float logit;
-    int32_t chunk;
-} ranked;
-
-static int by_rank(const void *a, const void *b) {
-    const ranked *x = a, *y = b;
-    if (x->logit != y->logit) return x->logit < y->logit ? 1 : -1;
-    return (x->chunk > y->chunk) - (x->chunk < y->chunk);
+/* Ascending, all different. */
+static void sort_words(uint64_t *a, uint64_t *other, int32_t n) {
+    for (int32_t b = 0; b < n; b += RUN)
+        for (int32_t i = b + 1; i < n && i < b + RUN; i++) {
+            const uint64_t v = a[i];
+            int32_t j = i;
+            for (; j > b && a[j - 1] > v; j--) a[j] = a[j - 1];
+            a[j] = v;
+        }
+    uint64_t *from = a, *to = other;
+    for (int32_t w = RUN; w < n; w *= 2) {
+        for (int32_t b = 0; b < n; b += 2 * w) {
+            const int32_t mid = b + w < n ? b + w : n, end = b + 2 * w < n ? b + 2 * w : n;
+            int32_t i = b, j = mid;
+            for (int32_t k = b; k < end; k++) {
+                const bool left = j >= end || (i < mid && from[i] < from[j]);
+                to[k] = left ? from[i] : from[j];
+                i += left;
+                j += !left;
+            }
+        }
+        uint64_t *const t = from;
+        from = to;
+        to = t;
+    }
+    if (from != a) memcpy(a, from, (size_t)n * sizeof *a);
 }
-static int ascending(const void *a, const void *b) {
-    const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x > y) - (x < y);
+
+/* Greater logits first, ties by place: one word. */
+static uint64_t rank_of(float logit, int32_t i) {
+    const uint32_t u = lsa_f32_bits(logit + 0.0f);
+    return (uint64_t)(~(u ^ ((0u - (u >> 31)) | 0x80000000u))) << 32 | (uint32_t)i;
 }
 
 int32_t lsa_votes(const int32_t *pool, int32_t n, const float *logit, double top_p, int32_t *out) {
-    ranked r[MAX_POOL];
-    if (n > MAX_POOL) n = MAX_POOL;
-    if (n == 0) return 0;
-    for (int32_t i = 0; i < n; i++) r[i] = (ranked){logit[i], pool[i]};
-    qsort(r, (size_t)n, sizeof *r, by_rank);
+    uint64_t r[MAX_POOL], other[MAX_POOL];
     double p[MAX_POOL], z = 0, run = 0;
-    for (int32_t i = 0; i < n; i++) z += p[i] = exp((double)r[i].logit - (double)r[0].logit);
-    int32_t k = 0;
-    while (k < n) { /* the element that crosses top_p is taken too */
-        run += p[k] / z;
-        out[k] = r[k].chunk;
-        k++;
+    bool voted[MAX_POOL];
+    if (n > MAX_POOL) n = MAX_POOL;
+    if (n <= 0) return 0;
+    for (int32_t i = 0; i < n; i++) r[i] = rank_of(logit[i], i);
+    sort_words(r, other, n);
+    const double most = (double)logit[(uint32_t)r[0]];
+    for (int32_t i = 0; i < n; i++) z += p[i] = exp((double)logit[(uint32_t)r[i]] - most);
+    memset(voted, 0, (size_t)n * sizeof *voted);
+    for (int32_t i = 0; i < n; i++) { /* the element that crosses top_p is taken too */
+        run += p[i] / z;
+        voted[(uint32_t)r[i]] = true;
         if (run > top_p) break;
     }
-    qsort(out, (size_t)k, sizeof *out, ascending);
+    int32_t k = 0;
+    for (int32_t i = 0; i < n; i++)
+        if (voted[i]) out[k++] = pool[i];
     return k;
 }

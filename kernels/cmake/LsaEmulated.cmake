@@ -36,10 +36,15 @@ function(lsa_emulated name)
   target_link_libraries(t_ops_emulated_${name} PRIVATE lsa_testkit)
   set_target_properties(t_ops_emulated_${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
   add_test(NAME ops.emulated_${name} COMMAND t_ops_emulated_${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
-  set_tests_properties(ops.emulated_${name} PROPERTIES LABELS ops TIMEOUT ${LSA_TEST_TIMEOUT})
+  set_tests_properties(ops.emulated_${name} PROPERTIES LABELS ops TIMEOUT ${LSA_TEST_TIMEOUT}
+                       ENVIRONMENT "LSA_PYTHON=${LSA_PYTHON}")
 endfunction()
 
 lsa_emulated(select INCLUDES serve/select.cu)
 lsa_emulated(update INCLUDES step/update.cu)
 lsa_emulated(eval INCLUDES step/eval.cu)
-lsa_emulated(teacher SOURCES teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/teacher.cu)
+lsa_emulated(index INCLUDES teacher/select.cu)
+set(teacher teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/slots.cu teacher/marks.cu
+    teacher/weights.cu teacher/teacher.cu)
+lsa_emulated(teacher SOURCES ${teacher})
+lsa_emulated(dump SOURCES ${teacher})

@@ -40,6 +40,7 @@ static lsa_status wait(lsa_ctx *c, lsa_err *err) {
 static void close_device(lsa_ctx *c) {
     cuda_state *s = lsa_cuda(c);
     if (!s) return;
+    lsa_cuda_gemm_close(s);
     if (s->lt) cublasLtDestroy(s->lt);
     cudaFree(s->gemm_workspace);
     cudaFree(s->partial);

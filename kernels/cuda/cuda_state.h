@@ -9,15 +9,20 @@ extern "C" {
 #include "kernels/backend.h"
 }
 
+struct gemm_plans; /* gemm.cu */
+
 struct cuda_state {
     int device;
     cudaStream_t stream;
     cublasLtHandle_t lt;
     void *gemm_workspace; /* 32 MiB, for cuBLASLt */
     size_t gemm_bytes;
+    gemm_plans *plans;
     double *partial; /* [LSA_CUDA_PARTIALS], for two-pass sums */
 };
 enum { LSA_CUDA_PARTIALS = 1024 };
+
+void lsa_cuda_gemm_close(cuda_state *s);
 
 static inline cuda_state *lsa_cuda(lsa_ctx *c) {
     return (cuda_state *)c->device;

@@ -22,9 +22,8 @@ lsa_status lsa_gpu_layer_put(lsa_gpu_layer **out, lsa_gpu_teacher *t, const lsa_
 void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
     (void)l;
 }
-lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n, const int64_t *probe,
-                                 int32_t n_probe, int64_t dense_every, lsa_err *err) {
-    (void)t, (void)token, (void)n, (void)probe, (void)n_probe, (void)dense_every;
+lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const lsa_gpu_teacher_doc *doc, lsa_err *err) {
+    (void)t, (void)doc;
     NO_CUDA;
 }
 lsa_status lsa_gpu_teacher_layer(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa_gpu_csa_tap *tap, void *user,
@@ -32,11 +31,76 @@ lsa_status lsa_gpu_teacher_layer(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa
     (void)t, (void)l, (void)tap, (void)user;
     NO_CUDA;
 }
-lsa_status lsa_gpu_teacher_keys(lsa_gpu_teacher *t, float *key, lsa_err *err) {
-    (void)t, (void)key;
+lsa_status lsa_gpu_teacher_drain(lsa_gpu_teacher *t, lsa_err *err) {
+    (void)t;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_teacher_seconds(lsa_gpu_teacher *t, double out[LSA_GPU_STAGES], lsa_err *err) {
+    (void)t, (void)out;
     NO_CUDA;
 }
 lsa_status lsa_gpu_teacher_logits(lsa_gpu_teacher *t, int64_t first, int64_t m, float *logits, lsa_err *err) {
     (void)t, (void)first, (void)m, (void)logits;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_weights_create(lsa_gpu_weights **out, lsa_gpu_teacher *t, int64_t arena, int64_t stored,
+                                  lsa_err *err) {
+    (void)t, (void)arena, (void)stored;
+    *out = NULL;
+    NO_CUDA;
+}
+void lsa_gpu_weights_destroy(lsa_gpu_weights *w) {
+    (void)w;
+}
+char *lsa_gpu_weights_arena(const lsa_gpu_weights *w, int i) {
+    (void)w, (void)i;
+    return NULL;
+}
+char *lsa_gpu_weights_staging(const lsa_gpu_weights *w, int i) {
+    (void)w, (void)i;
+    return NULL;
+}
+lsa_status lsa_gpu_weights_upload(lsa_gpu_weights *w, int i, const lsa_gpu_tensor *tensor, int64_t n,
+                                  int64_t bytes, lsa_err *err) {
+    (void)w, (void)i, (void)tensor, (void)n, (void)bytes;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_weights_wait_staging(lsa_gpu_weights *w, int i, lsa_err *err) {
+    (void)w, (void)i;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_weights_begin(lsa_gpu_weights *w, int i, int64_t *bad, lsa_err *err) {
+    (void)w, (void)i, (void)bad;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_weights_end(lsa_gpu_weights *w, int i, lsa_err *err) {
+    (void)w, (void)i;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_layer_borrow(lsa_gpu_layer **out, lsa_gpu_teacher *t, const lsa_gpu_layer_weights *w,
+                                lsa_err *err) {
+    (void)t, (void)w;
+    *out = NULL;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_pin(void **out, int64_t bytes, lsa_err *err) {
+    (void)bytes;
+    *out = NULL;
+    NO_CUDA;
+}
+void lsa_gpu_unpin(void *p) {
+    (void)p;
+}
+lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err) {
+    (void)t, (void)streams;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err) {
+    (void)t, (void)streams;
+    NO_CUDA;
+}
+lsa_status lsa_gpu_free_bytes(int64_t *out, lsa_ctx *ctx, lsa_err *err) {
+    (void)ctx;
+    *out = 0;
     NO_CUDA;
 }

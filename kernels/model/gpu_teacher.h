@@ -57,12 +57,63 @@ LSA_NODISCARD lsa_status lsa_gpu_layer_put(lsa_gpu_layer **out, lsa_gpu_teacher 
                                            const lsa_gpu_layer_weights *w, lsa_err *err);
 void lsa_gpu_layer_drop(lsa_gpu_layer *l); /* NULL allowed; before the teacher */
 
+/* Weights that come and go, for models larger than the GPU's memory. Two places take turns: while the layer
+ * in one is computed, the next one's tensors, as they are stored, are copied from pinned memory and written
+ * as f32 into the other, exactly. arena: bytes of the largest layer in f32; stored: as stored. create leaves
+ * *out to destroy also when it fails. upload(i)        staging i is full: queue its copy, behind the last use
+ * of arena i wait_staging(i)  until staging i may be filled again; from any thread begin(i)         launches
+ * from here on read arena i; waits for it; *bad: a tensor that holds a number that is not finite, or -1
+ *   end(i)           the last of them was queued */
+typedef enum lsa_gpu_stored {
+    LSA_GPU_F32 = 0,
+    LSA_GPU_BF16,
+    LSA_GPU_F16,
+    LSA_GPU_E4M3, /* a scale per block of 128 x 128 */
+    LSA_GPU_E2M1, /* two a byte, low half first; a scale per row and 32 columns */
+    LSA_GPU_I64
+} lsa_gpu_stored;
+typedef struct lsa_gpu_tensor {
+    lsa_gpu_stored type;
+    bool scale_f32; /* else E8M0 */
+    int64_t rows, cols;
+    int64_t at, scale_at; /* in the staging, multiples of 16 */
+    void *dst;            /* in the arena */
+} lsa_gpu_tensor;
+typedef struct lsa_gpu_weights lsa_gpu_weights;
+LSA_NODISCARD lsa_status lsa_gpu_weights_create(lsa_gpu_weights **out, lsa_gpu_teacher *t, int64_t arena,
+                                                int64_t stored, lsa_err *err);
+void lsa_gpu_weights_destroy(lsa_gpu_weights *w); /* before the teacher; NULL allowed */
+char *lsa_gpu_weights_arena(const lsa_gpu_weights *w, int i);
+char *lsa_gpu_weights_staging(const lsa_gpu_weights *w, int i);
+LSA_NODISCARD lsa_status lsa_gpu_weights_upload(lsa_gpu_weights *w, int i, const lsa_gpu_tensor *tensor,
+                                                int64_t n, int64_t bytes, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_weights_wait_staging(lsa_gpu_weights *w, int i, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_weights_begin(lsa_gpu_weights *w, int i, int64_t *bad, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_weights_end(lsa_gpu_weights *w, int i, lsa_err *err);
+/* A layer whose weights are device pointers of somebody else. */
+LSA_NODISCARD lsa_status lsa_gpu_layer_borrow(lsa_gpu_layer **out, lsa_gpu_teacher *t,
+                                              const lsa_gpu_layer_weights *w, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_free_bytes(int64_t *out, lsa_ctx *ctx, lsa_err *err);
+/* Pinned host memory, and a document's streams [n, streams, d] to and from it, in the order of the launches:
+ * load after begin. */
+LSA_NODISCARD lsa_status lsa_gpu_pin(void **out, int64_t bytes, lsa_err *err);
+void lsa_gpu_unpin(void *p);
+LSA_NODISCARD lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err);
+LSA_NODISCARD lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err);
+
 /* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary. probe [n_probe],
- * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. dense_every >
- * 0: the dense mass (notes 15.1) of positions with (position + 1) mod dense_every = 0 is wanted. */
+ * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. hidden_stride
+ * > 0: hidden vectors of positions with (position + 1) mod hidden_stride = 0 are wanted; dense_every > 0: the
+ * dense mass (notes 15.1) of such positions. */
 enum { LSA_GPU_MAX_PROBE = 4 };
-LSA_NODISCARD lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n,
-                                               const int64_t *probe, int32_t n_probe, int64_t dense_every,
+typedef struct lsa_gpu_teacher_doc {
+    const int32_t *token; /* read during the call */
+    int64_t n;
+    const int64_t *probe;
+    int32_t n_probe;
+    int64_t hidden_stride, dense_every;
+} lsa_gpu_teacher_doc;
+LSA_NODISCARD lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const lsa_gpu_teacher_doc *doc,
                                                lsa_err *err);
 
 /* What a CSA layer did for tokens [first, first + m) of the document: host arrays of the teacher, valid
@@ -77,22 +128,44 @@ typedef struct lsa_gpu_csa_rows {
     const int32_t *sel, *n_sel;
     const float *logit, *mass; /* native logits of the selected entries; attention mass, mean of heads */
     const float *window_mass, *sink_mass; /* [m] */
-    const float *hidden;                  /* [m, d] attention input after its norm */
-    const lsa_gpu_probe *probe;           /* [n_probe] those of these tokens */
+    const float *key; /* index keys [n_key, Di] of the chunks that these tokens complete */
+    int64_t first_key, n_key;
+    const float
+        *hidden; /* attention input after its norm of the wanted positions among these tokens, [., d] */
+    int64_t hidden_stride;
+    const lsa_gpu_probe *probe; /* [n_probe] those of these tokens */
     int32_t n_probe;
-    const float *
-        dense; /* rows [visible chunks] of the wanted positions among these tokens, dense_ld apart; or NULL */
+    const float *dense; /* rows [visible chunks] of the wanted positions among these tokens, dense_ld apart */
     int64_t dense_every, dense_ld;
 } lsa_gpu_csa_rows;
 typedef void lsa_gpu_csa_tap(void *user, const lsa_gpu_csa_rows *rows);
 
-/* All tokens of the document through a layer. tap, NULL allowed: for CSA layers, once a chunk of tokens. */
+/* Queues all tokens of the document through a layer. tap, NULL allowed: for CSA layers, once a chunk of
+ * tokens, in order, during this or a later call up to lsa_gpu_teacher_drain: rows travel while the GPU goes
+ * on, and a later document may begin before they arrive. `user` must stay valid until then. */
 LSA_NODISCARD lsa_status lsa_gpu_teacher_layer(lsa_gpu_teacher *t, const lsa_gpu_layer *l,
                                                lsa_gpu_csa_tap *tap, void *user, lsa_err *err);
-/* Index keys of the last layer run (CSA): host [n/4, Di], after RoPE and Hadamard. */
-LSA_NODISCARD lsa_status lsa_gpu_teacher_keys(lsa_gpu_teacher *t, float *key, lsa_err *err);
+/* Waits until every tap was called. */
+LSA_NODISCARD lsa_status lsa_gpu_teacher_drain(lsa_gpu_teacher *t, lsa_err *err);
 /* After all layers: logits of tokens [first, first + m), m at most the chunk: host [m, vocab]. */
 LSA_NODISCARD lsa_status lsa_gpu_teacher_logits(lsa_gpu_teacher *t, int64_t first, int64_t m, float *logits,
                                                 lsa_err *err);
+
+/* GPU seconds of each stage so far, by events between launches; copies to the host run beside the others. */
+typedef enum lsa_gpu_stage {
+    LSA_GPU_STREAMS = 0, /* embeddings, collapse, expand */
+    LSA_GPU_PROJECT,
+    LSA_GPU_COMPRESS,
+    LSA_GPU_INDEX,
+    LSA_GPU_ATTEND, /* and output projections */
+    LSA_GPU_MOE,
+    LSA_GPU_WEIGHTS,    /* waiting for them */
+    LSA_GPU_STATISTICS, /* dense masses, probes, gathering for the copies */
+    LSA_GPU_COPIES,
+    LSA_GPU_STAGES
+} lsa_gpu_stage;
+LSA_NODISCARD lsa_status lsa_gpu_teacher_seconds(lsa_gpu_teacher *t, double out[LSA_GPU_STAGES],
+                                                 lsa_err *err);
+const char *lsa_gpu_stage_name(lsa_gpu_stage stage);
 
 #endif

@@ -126,20 +126,20 @@ def geometries():
     _, err = plan("--teacher", f"{work}/dspark", "--lengths", "1x65536", *huge)
     assert "the speed is not measured" in err and "1 of 1 weight files" in err, err
 
-    # what a layer-streamed pass would have to do is told as such, by formulas written out here once more
+    # what a layer-streamed pass has to do, by formulas written out here once more
     n, budget = 300, 96 * GIB
     s = plan("--teacher", FLASH, "--lengths", f"{n}x65536", "--host-budget", "96G", code=4)[0]
-    x, wave = s["streamed"], budget // (4 * 4096 * 2)
-    assert x["in_this_version"] is False and x["wave_tokens"] == wave and x["passes"] == math.ceil(n / (wave // 65536))
-    assert x["bus_bytes"] == float("%.9g" % (x["passes"] * s["weight_bytes"] + 43 * 2 * 32768 * n * 65536))
+    x, wave = s["streamed"], budget // (4 * 4096 * 4)
+    assert x["in_this_version"] == 1 and x["wave_tokens"] == wave and x["passes"] == math.ceil(n / (wave // 65536))
+    assert x["bus_bytes"] == float("%.9g" % (x["passes"] * s["weight_bytes"] + 43 * 2 * 65536 * n * 65536))
     assert plan("--teacher", FLASH, "--lengths", "1x1048576", "--host-budget", "16G", code=4)[0]["streamed"]["passes"] == 0
     text = subprocess.run([f"{BIN}/lsa-dump", "plan", "--teacher", FLASH, "--lengths", "1x1000", *huge], capture_output=True, text=True).stdout
-    assert "NOT IN THIS VERSION" in text and "time       unknown" in text, text
+    assert "--stream: weights pass" in text and "time       unknown" in text, text
 
 
 def refusals():
     _, err = plan("--teacher", FLASH, "--lengths", "2x4096", "--host-budget", "512G", code=4)
-    assert "the weights alone take 1059" in err and "layer by layer is not in it" in err, err
+    assert "the weights alone take 1059" in err and "--device cuda --stream" in err, err
 
     # host memory: each advice fits, and a little less of it does not
     args = ["--teacher", TEACHER, "--lengths", "3x200000,2x100000", "--shard-bytes", "1G"]

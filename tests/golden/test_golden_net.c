@@ -178,7 +178,8 @@ static void test_simulations(void **state) {
              {8, {-2.530233, -.760770, .919918, -.906568}, 17},
              {99, {.402068, 2.724022, -2.159421, -1.022506}, 47}};
     static float logits[N * V];
-    lsa_engine *e = open_net(lsa_golden_default(), LSA_STORE_F32, (lsa_engine_opts){true, true});
+    lsa_engine *e = open_net(lsa_golden_default(), LSA_STORE_F32,
+                             (lsa_engine_opts){.sim_fp8_kv = true, .sim_fp4_index = true});
     lsa_taps taps = {.csa = on_csa_sim};
     for (int64_t step = 1; step <= N; step += N - 1) {
         g_sim_seen = 0;

@@ -46,14 +46,35 @@ static void on_csa(void *user, const lsa_tap_csa *t) {
     keep(&j->to[t->ord.v * j->n_token + t->position], j, t);
 }
 
+/* Differences of rows of numbers: the largest, the root mean square, rows apart by more than `step`. */
+typedef struct spread {
+    double most, squares, step;
+    int64_t n, rows, rows_apart;
+} spread;
+
 static void differ(double *worst, const float *a, const float *b, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         const double d = fabs((double)a[i] - (double)b[i]);
         if (!(d <= *worst)) *worst = d;
     }
 }
+static void differ_row(spread *x, const float *a, const float *b, int64_t n) {
+    double worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double d = (double)a[i] - (double)b[i];
+        if (!(fabs(d) <= worst)) worst = fabs(d);
+        x->squares += d * d;
+    }
+    x->n += n;
+    x->rows++;
+    x->rows_apart += !(worst <= x->step);
+    if (!(worst <= x->most)) x->most = worst;
+}
+static double rms(const spread *x) {
+    return sqrt(x->squares / (double)lsa_max_i64(x->n, 1));
+}
 
-static lsa_status run_gpu(judge *j, double *keys, double *logits, lsa_ctx *ctx, const lsa_engine *e,
+static lsa_status run_gpu(judge *j, spread *keys, spread *logits, lsa_ctx *ctx, const lsa_engine *e,
                           const lsa_session *s, const int32_t *token, const float *want, int64_t chunk,
                           lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -61,60 +82,79 @@ static lsa_status run_gpu(judge *j, double *keys, double *logits, lsa_ctx *ctx, 
     float *buf = NULL;
     const int64_t n = j->n_token, V = j->c->vocab;
     const lsa_taps taps = {.user = j, .csa = on_csa};
+    lsa_gpu_doc doc = {.token = token, .n = n, .hidden_stride = 1, .taps = &taps};
     LSA_TRY(LSA_NEW(buf, chunk * V, err));
-    LSA_TRY(lsa_gpu_run_create(&x, ctx, e, n, chunk, err));
-    LSA_TRY(lsa_gpu_run_document(x, token, n, NULL, 0, 0, &taps, NULL, NULL, err));
+    LSA_TRY(lsa_gpu_run_create(&x, ctx, e, n, chunk, false, err));
+    for (int32_t o = 0; o < j->c->n_csa; o++)
+        LSA_TRY(LSA_NEW(doc.key[o], (n / LSA_CHUNK + 1) * j->c->index_head_dim, err));
+    LSA_TRY(lsa_gpu_run_feed(x, &(lsa_gpu_doc *){&doc}, 1, NULL, NULL, err));
+    LSA_TRY(lsa_gpu_run_drain(x, err));
+    if (doc.left) LSA_FAIL(LSA_E_NUMERIC, "%lld layers never came", (long long)doc.left);
     for (int32_t o = 0; o < j->c->n_csa; o++) {
-        int64_t a, b;
-        const float *ours = lsa_gpu_run_keys(x, (lsa_csa_ord){o}, &a),
-                    *theirs = lsa_session_keys(s, (lsa_csa_ord){o}, &b);
-        if (a != b) LSA_FAIL(LSA_E_NUMERIC, "%lld keys, expected %lld", (long long)a, (long long)b);
-        differ(keys, ours, theirs, a * j->c->index_head_dim);
+        int64_t all;
+        const float *const theirs = lsa_session_keys(s, (lsa_csa_ord){o}, &all);
+        for (int64_t i = 0; i < all; i++)
+            differ_row(keys, doc.key[o] + i * j->c->index_head_dim, theirs + i * j->c->index_head_dim,
+                       j->c->index_head_dim);
     }
     for (int64_t p = 0; p < n; p += chunk) {
         const int64_t m = lsa_min_i64(chunk, n - p);
         LSA_TRY(lsa_gpu_run_logits(x, p, m, buf, err));
-        differ(logits, buf, want + p * V, m * V);
+        for (int64_t i = 0; i < m; i++) differ_row(logits, buf + i * V, want + (p + i) * V, V);
     }
 done:
     lsa_gpu_run_destroy(x);
+    for (int32_t o = 0; o < j->c->n_csa; o++) lsa_free(doc.key[o]);
     lsa_free(buf);
     return st;
 }
 
-typedef struct bounds {
-    double logits, keys, logit, mass, hidden, apart;
-} bounds;
+typedef struct difference {
+    const char *name;
+    spread d;
+    double most, rms, rows; /* bounds; most 0: none on the largest */
+} difference;
 
-static int compare(const judge *j, bool sim, double keys, double logits) {
+static int judge_one(const difference *x) {
+    const bool good = (x->most == 0.0 ? isfinite(x->d.most) : x->d.most <= x->most) && rms(&x->d) <= x->rms &&
+                      (double)x->d.rows_apart <= x->rows * (double)x->d.rows;
+    printf("  %-13s largest %.2g, rms %.2g, rows apart by more than %g: %lld of %lld%s\n", x->name, x->d.most,
+           rms(&x->d), x->d.step, (long long)x->d.rows_apart, (long long)x->d.rows, good ? "" : ": FAILED");
+    return !good;
+}
+
+/* Without simulations every number is close, and the largest difference is bounded. A simulation rounds to
+ * steps of 1/8 (fp8) or 1/2 (fp4) of a number's binade: where the two orders of an f32 sum lie on either side
+ * of a boundary the results are a whole step apart, and whatever reads that row carries it on. The largest
+ * difference is then the size of a step whenever there is one such row, which says nothing; what a wrong
+ * kernel would change is how many rows are apart and by how much in the mean. On an H100, 2,000 tokens:
+ * largest 0.58, 0.5, 0.43, 0.0087, 0.016 in the order below, 0.93 % of the selections apart; the other bounds
+ * are estimates (a tenth of the rows off by a step) until they are measured there. */
+static int compare(const judge *j, bool sim, const spread *keys, const spread *logits) {
     const int64_t rows = j->c->n_csa * j->n_token;
-    int64_t apart = 0;
-    double logit = 0, mass = 0, hidden = 0;
+    int64_t other = 0;
+    difference d[] = {{"logits", *logits, sim ? 0 : 1e-3, sim ? 0.02 : 1e-4, 0.5},
+                      {"keys", *keys, sim ? 0 : 2e-4, sim ? 0.03 : 2e-5, 0.5},
+                      {"native logits", {.step = sim ? 0.02 : 1e-4}, sim ? 0 : 3e-4, sim ? 0.03 : 3e-5, 0.5},
+                      {"mass", {.step = sim ? 1e-3 : 1e-5}, sim ? 0 : 2e-5, sim ? 5e-4 : 2e-6, 0.1},
+                      {"hidden", {.step = sim ? 1e-2 : 1e-4}, sim ? 0 : 2e-4, sim ? 1e-3 : 2e-5, 0.1}};
     for (int64_t i = 0; i < rows; i++) {
         const record *a = &j->cpu[i], *b = &j->gpu[i];
-        differ(&hidden, a->hidden, b->hidden, j->c->hidden);
+        differ_row(&d[4].d, a->hidden, b->hidden, j->c->hidden);
         if (a->n != b->n || memcmp(a->sel, b->sel, (size_t)a->n * 4)) {
-            apart++;
+            other++;
             continue;
         }
-        differ(&logit, a->logit, b->logit, a->n);
-        differ(&mass, a->mass, b->mass, a->n);
-        differ(&mass, &a->window, &b->window, 1);
-        differ(&mass, &a->sink, &b->sink, 1);
+        differ_row(&d[2].d, a->logit, b->logit, a->n);
+        differ_row(&d[3].d, a->mass, b->mass, a->n);
+        differ_row(&d[3].d, &a->window, &b->window, 1);
+        differ_row(&d[3].d, &a->sink, &b->sink, 1);
     }
-    printf(
-        "%lld tokens%s: logits %.2g, keys %.2g, native logits %.2g, mass %.2g, hidden %.2g; selections apart %lld of %lld\n",
-        (long long)j->n_token, sim ? ", cache simulations" : "", logits, keys, logit, mass, hidden,
-        (long long)apart, (long long)rows);
-    /* Seen without simulations: 1.2e-4, 2e-5, 3.3e-5, 1e-6, 1.5e-5, none apart; with: 4e-5, 0, 0.03, 1e-6,
-     * 1e-5, none. A simulation may round what lies at a boundary to either side, and later layers carry that
-     * on. */
-    const bounds most =
-        sim ? (bounds){0.1, 1, 1, 1e-2, 0.05, 0.2} : (bounds){1e-3, 2e-4, 3e-4, 2e-5, 2e-4, 0.01};
-    return logits <= most.logits && keys <= most.keys && logit <= most.logit && mass <= most.mass &&
-                   hidden <= most.hidden && (double)apart <= most.apart * (double)rows
-               ? 0
-               : 1;
+    int bad = (double)other > (sim ? 0.05 : 0.01) * (double)rows;
+    printf("%lld tokens%s: selections apart %lld of %lld%s\n", (long long)j->n_token,
+           sim ? ", cache simulations" : "", (long long)other, (long long)rows, bad ? ": FAILED" : "");
+    for (size_t i = 0; i < sizeof d / sizeof *d; i++) bad += judge_one(&d[i]);
+    return bad;
 }
 
 int judge_teacher(lsa_ctx *ctx, const char *dir, int64_t n, int64_t chunk, bool sim) {
@@ -125,7 +165,7 @@ int judge_teacher(lsa_ctx *ctx, const char *dir, int64_t n, int64_t chunk, bool 
     judge j = {.n_token = n};
     int32_t *token = NULL;
     float *logits = NULL;
-    double keys = 0, apart = 0;
+    spread keys = {.step = sim ? 1e-2 : 1e-4}, next = {.step = sim ? 0.02 : 1e-3};
     int bad = 1;
     const lsa_engine_opts eo = {.sim_fp8_kv = sim, .sim_fp4_index = sim};
     lsa_rng rng = lsa_rng_make(11, 5);
@@ -141,8 +181,8 @@ int judge_teacher(lsa_ctx *ctx, const char *dir, int64_t n, int64_t chunk, bool 
     j.to = j.cpu;
     LSA_TRY(lsa_session_forward(s, token, n, logits, false, &taps, err));
     j.to = j.gpu;
-    LSA_TRY(run_gpu(&j, &keys, &apart, ctx, e, s, token, logits, chunk, err));
-    bad = compare(&j, sim, keys, apart);
+    LSA_TRY(run_gpu(&j, &keys, &next, ctx, e, s, token, logits, chunk, err));
+    bad = compare(&j, sim, &keys, &next);
 done:
     if (st != LSA_OK) printf("%s\n", why.msg);
     for (int64_t i = 0; j.cpu && j.gpu && i < j.c->n_csa * n; i++) {
@@ -185,7 +225,7 @@ static int compare_documents(const lsa_doc_stats *a, const lsa_doc_stats *b, con
     double logit = 0, mass = 0, probe = 0;
     for (int32_t o = 0; o < c->n_csa; o++) {
         const lsa_csr *x = &a->stats[o], *y = &b->stats[o];
-        int64_t apart = 0;
+        int64_t other = 0;
         if (x->n_entry != y->n_entry) return 1;
         bad += !same(x->begin, y->begin, (a->n_token + 1) * 8) + !same(x->chunk, y->chunk, x->n_entry * 4);
         logit = fmax(logit, worst_f16(x->logit, y->logit, x->n_entry));
@@ -197,9 +237,9 @@ static int compare_documents(const lsa_doc_stats *a, const lsa_doc_stats *b, con
                !same(d->chunk, f->chunk, d->n_entry * 4);
         if (d->n_entry == f->n_entry) mass = fmax(mass, worst_f16(d->mass, f->mass, d->n_entry));
         mass = fmax(mass, worst_f16(d->rest, f->rest, lsa_min_i64(d->n_row, f->n_row)));
-        for (int64_t i = 0; i < a->n_hidden * c->hidden; i++) apart += a->hidden[o][i] != b->hidden[o][i];
-        for (int64_t i = 0; i < a->n_key * LSA_KEY_BYTES; i++) apart += a->key[o][i] != b->key[o][i];
-        bad += apart * 50 > a->n_hidden * c->hidden + a->n_key * LSA_KEY_BYTES;
+        for (int64_t i = 0; i < a->n_hidden * c->hidden; i++) other += a->hidden[o][i] != b->hidden[o][i];
+        for (int64_t i = 0; i < a->n_key * LSA_KEY_BYTES; i++) other += a->key[o][i] != b->key[o][i];
+        bad += other * 50 > a->n_hidden * c->hidden + a->n_key * LSA_KEY_BYTES;
         differ(&probe, a->probe_logit[o], b->probe_logit[o], a->n_probe_logit);
         differ(&probe, a->probe_iq[o], b->probe_iq[o], 2 * c->index_n_head * 128);
         differ(&probe, a->probe_iw[o], b->probe_iw[o], 2 * c->index_n_head);
@@ -232,7 +272,7 @@ int judge_dump(lsa_ctx *ctx, const char *dir, int64_t n) {
     const lsa_doc doc = {.name = "random", .token = token, .n_token = n};
     LSA_TRY(lsa_session_create(&cpu.session, e, &(lsa_session_opts){.max_tokens = n, .chunk = LSA_TAP_CHUNK},
                                err));
-    LSA_TRY(lsa_gpu_run_create(&gpu.gpu, ctx, e, n, 0, err));
+    LSA_TRY(lsa_gpu_run_create(&gpu.gpu, ctx, e, n, 0, false, err));
     LSA_TRY(lsa_reader_check(&gpu, c, &rule, err));
     LSA_TRY(lsa_tap_document(&a, &cpu, c, &rule, &doc, true, NULL, NULL, err));
     LSA_TRY(lsa_tap_document(&b, &gpu, c, &rule, &doc, true, NULL, NULL, err));

@@ -1,5 +1,10 @@
 /* Softmax attention of a token over its window, and the selected or all compressed rows, with a sink per head
- * (architecture notes 5.4). One row serves as key and value of all heads. A block a token. */
+ * (architecture notes 5.4). One row serves as key and value of all heads.
+ *
+ * A block a token, four heads at a time. Each of four warps takes 8 rows at a time: its lanes hold 4 channels
+ * of each 128, the 32 products of 8 rows and 4 heads are summed over the lanes by halving (31 exchanges), and
+ * lane 4 r + h then has the score of row r and head h. Softmax goes along with the rows (running maximum,
+ * sums rescaled), so a row is read once for all four heads, and any number of rows fits. */
 #include "kernels/cuda/teacher/teacher_state.h"
 
 extern "C" {
@@ -9,7 +14,10 @@ extern "C" {
 enum {
     THREADS = TEACHER_THREADS,
     WARPS = THREADS / 32,
-    SCORES = 40960 /* floats of shared memory for scores */
+    HEADS = 4,
+    ATTEND = 128,
+    PARTS = ATTEND / 32,
+    ROWS = 8
 };
 
 struct attend_args {
@@ -17,84 +25,177 @@ struct attend_args {
     const int32_t *sel, *n_sel; /* NULL: all rows before the token */
     float *o, *mass, *part;     /* o [G, m, width]; mass NULL: not wanted; part [2, m] */
     int64_t p, m, width;
-    int H, D, window, ratio, top, rope, heads; /* heads at a time */
+    int H, D, window, ratio, top, rope;
 };
 
-static __global__ void __launch_bounds__(THREADS) attend_k(const __grid_constant__ attend_args a) {
-    extern __shared__ float score[]; /* [heads, n] */
-    __shared__ float sink_sum, window_sum;
+/* Of four heads, by all parts of a block. */
+struct attend_shared {
+    float most[PARTS][HEADS], sum[PARTS][HEADS], inverse[HEADS], peak[HEADS];
+};
+
+/* v [32] summed over the lanes: lane i gets the sum of v[i]. The steps are written out, so that v stays in
+ * registers. */
+template <int O> static __device__ __forceinline__ void halve(float *v, int lane) {
+#pragma unroll
+    for (int i = 0; i < O; i++) {
+        const float keep = lane & O ? v[i + O] : v[i], give = lane & O ? v[i] : v[i + O];
+        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, O);
+    }
+}
+static __device__ __forceinline__ float sum_transposed(float *v, int lane) {
+    halve<16>(v, lane);
+    halve<8>(v, lane);
+    halve<4>(v, lane);
+    halve<2>(v, lane);
+    halve<1>(v, lane);
+    return v[0];
+}
+
+/* V: D / 128 rounded up; D a multiple of 4. Shared: accumulators [4 warps][4 heads][128 V], then with mass
+ * the scores [4 heads][window + top]. */
+template <int V>
+static __global__ void __launch_bounds__(ATTEND, V == 1 ? 4 : 1)
+    attend_k(const __grid_constant__ attend_args a) {
+    extern __shared__ float4 shared4[];
+    __shared__ attend_shared s;
+    float *const acc = (float *)shared4, *const score = acc + PARTS * HEADS * 128 * V;
     const int64_t t = blockIdx.x, pos = a.p + t, n_win = min(pos + 1, (int64_t)a.window),
                   n_comp = !a.ratio ? 0
                            : a.sel  ? a.n_sel[t]
                                     : (pos + 1) / a.ratio,
                   n = n_win + n_comp;
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    const float f = 1.0f / sqrtf((float)a.D);
-    const auto row = [&](int64_t i) {
-        if (i < n_win) return a.win + (pos - n_win + 1 + i) * a.D;
-        const int64_t k = i - n_win;
-        return a.row + (a.sel ? a.sel[t * a.top + k] : k) * a.D;
-    };
-    if (tid == 0) sink_sum = window_sum = 0;
-    for (int64_t i = tid; a.mass && i < n_comp; i += THREADS) a.mass[t * a.top + i] = 0;
-    for (int h0 = 0; h0 < a.H; h0 += a.heads) {
-        const int nh = min(a.heads, a.H - h0);
-        __syncthreads();
-        for (int64_t i = warp; i < n; i += WARPS) {
-            const float *const r = row(i);
-            for (int h = 0; h < nh; h++) {
-                const float *const q = a.q + (t * a.H + h0 + h) * a.D;
-                float s = 0;
-                for (int c = lane; c < a.D; c += 32) s += q[c] * r[c];
-                for (int o = 16; o >= 1; o /= 2) s += __shfl_xor_sync(0xffffffffu, s, o);
-                if (lane == 0) score[h * n + i] = s * f;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, room = a.window + a.top;
+    const float scale = 1.0f / sqrtf((float)a.D);
+    const float4 zero = {0, 0, 0, 0};
+    float window_sum = 0, sink_sum = 0; /* of warp 0 */
+    for (int h0 = 0; h0 < a.H; h0 += HEADS) {
+        float4 q[HEADS][V], o[HEADS][V];
+        float most = -INFINITY, sum = 0; /* of head lane % 4 */
+#pragma unroll
+        for (int i = 0; i < HEADS * V; i++) {
+            const int h = h0 + i / V, c = 4 * lane + 128 * (i % V);
+            q[i / V][i % V] = h < a.H && c < a.D ? *(const float4 *)(a.q + (t * a.H + h) * a.D + c) : zero;
+            o[i / V][i % V] = zero;
+        }
+        for (int64_t i0 = warp * ROWS; i0 < n; i0 += PARTS * ROWS) {
+            int64_t from = -1; /* lanes 0 to 7: which row */
+            if (lane < ROWS && i0 + lane < n) {
+                const int64_t i = i0 + lane, k = i - n_win;
+                from = i < n_win ? pos - n_win + 1 + i : a.sel ? a.sel[t * a.top + k] : k;
             }
-        }
-        __syncthreads();
-        for (int h = warp; h < nh; h += WARPS) {
-            float *const s = score + h * n, bias = a.sink[h0 + h];
-            float most = bias, sum = 0;
-            for (int64_t i = lane; i < n; i += 32) most = fmaxf(most, s[i]);
-            for (int o = 16; o >= 1; o /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
-            for (int64_t i = lane; i < n; i += 32) sum += s[i] = expf(s[i] - most);
-            for (int o = 16; o >= 1; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-            const float sunk = expf(bias - most), inverse = 1.0f / (sum + sunk);
-            for (int64_t i = lane; i < n; i += 32) s[i] *= inverse;
-            if (lane == 0) score[nh * n + h] = sunk * inverse;
-        }
-        __syncthreads();
-        for (int c = tid; c < nh * a.D; c += THREADS) {
-            const int h = c / a.D, j = c % a.D, head = h0 + h;
-            const float *const s = score + h * n;
-            float sum = 0;
-            for (int64_t i = 0; i < n; i++) sum += s[i] * row(i)[j];
-            const int64_t at = (int64_t)head * a.D + j, group = at / a.width;
-            a.o[(group * a.m + t) * a.width + at % a.width] = sum;
-        }
-        if (a.mass) {
-            for (int64_t i = n_win + tid; i < n; i += THREADS) {
-                float sum = a.mass[t * a.top + i - n_win];
-                for (int h = 0; h < nh; h++) sum += score[h * n + i];
-                a.mass[t * a.top + i - n_win] = sum;
-            }
-            if (tid == 0) { /* in the order of the rows: the same bits every time */
-                for (int h = 0; h < nh; h++) {
-                    for (int64_t i = 0; i < n_win; i++) window_sum += score[h * n + i];
-                    sink_sum += score[nh * n + h];
+            float4 x[V == 1 ? ROWS : 1]; /* wider rows are read again */
+            const float *at[ROWS];
+            float v[ROWS * HEADS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const int64_t k = __shfl_sync(0xffffffffu, from, r);
+                at[r] = k < 0 ? NULL : (i0 + r < n_win ? a.win : a.row) + k * a.D;
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) v[r * HEADS + h] = 0;
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    const int c = 4 * lane + 128 * j;
+                    const float4 y = at[r] && c < a.D ? *(const float4 *)(at[r] + c) : zero;
+                    if (V == 1) x[r] = y;
+#pragma unroll
+                    for (int h = 0; h < HEADS; h++)
+                        v[r * HEADS + h] +=
+                            q[h][j].x * y.x + q[h][j].y * y.y + q[h][j].z * y.z + q[h][j].w * y.w;
                 }
             }
+            float z = sum_transposed(v, lane) * scale;
+            const int r = lane / HEADS, h = lane % HEADS;
+            if (i0 + r >= n) z = -INFINITY;
+            if (a.mass && i0 + r < n) score[h * room + i0 + r] = z;
+            float now = fmaxf(most, z);
+#pragma unroll
+            for (int k = HEADS; k < 32; k *= 2) now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, k));
+            const float e = expf(z - now), fade = expf(most - now);
+            float added = e;
+#pragma unroll
+            for (int k = HEADS; k < 32; k *= 2) added += __shfl_xor_sync(0xffffffffu, added, k);
+            sum = sum * fade + added;
+            most = now;
+#pragma unroll
+            for (int g = 0; g < HEADS; g++) {
+                const float f = __shfl_sync(0xffffffffu, fade, g);
+#pragma unroll
+                for (int j = 0; j < V; j++) o[g][j].x *= f, o[g][j].y *= f, o[g][j].z *= f, o[g][j].w *= f;
+            }
+#pragma unroll
+            for (int k = 0; k < ROWS; k++)
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    const int c = 4 * lane + 128 * j;
+                    float4 y;
+                    if (V == 1)
+                        y = x[k];
+                    else
+                        y = at[k] && c < a.D ? *(const float4 *)(at[k] + c) : zero;
+#pragma unroll
+                    for (int g = 0; g < HEADS; g++) {
+                        const float f = __shfl_sync(0xffffffffu, e, k * HEADS + g);
+                        o[g][j].x += f * y.x, o[g][j].y += f * y.y, o[g][j].z += f * y.z,
+                            o[g][j].w += f * y.w;
+                    }
+                }
         }
+        if (lane < HEADS) s.most[warp][lane] = most, s.sum[warp][lane] = sum;
+        __syncthreads();
+        if (tid < HEADS) { /* the four warps and the sink */
+            const float bias = h0 + tid < a.H ? a.sink[h0 + tid] : 0.0f;
+            float peak = bias;
+            for (int w = 0; w < PARTS; w++) peak = fmaxf(peak, s.most[w][tid]);
+            float all = expf(bias - peak);
+            for (int w = 0; w < PARTS; w++) all += s.sum[w][tid] * expf(s.most[w][tid] - peak);
+            s.peak[tid] = peak;
+            s.inverse[tid] = 1.0f / all;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const float f = expf(s.most[warp][h] - s.peak[h]) * s.inverse[h];
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                const float4 y = {o[h][j].x * f, o[h][j].y * f, o[h][j].z * f, o[h][j].w * f};
+                *(float4 *)(acc + ((warp * HEADS + h) * V + j) * 128 + 4 * lane) = y;
+            }
+        }
+        __syncthreads();
+        for (int i = tid; i < HEADS * (a.D / 2); i += ATTEND) { /* a pair of channels */
+            const int h = i / (a.D / 2), c = i % (a.D / 2) * 2;
+            if (h0 + h >= a.H) continue;
+            float y[2] = {0, 0};
+            for (int w = 0; w < PARTS; w++)
+                for (int k = 0; k < 2; k++) y[k] += acc[(w * HEADS + h) * V * 128 + c + k];
+            if (c >= a.D - a.rope) /* back from the rotated frame */
+                rotate_pair(y, a.freq[(c - a.D + a.rope) / 2], (float)pos, -1.0f);
+            const int64_t to = (int64_t)(h0 + h) * a.D + c, group = to / a.width;
+            float *const out = a.o + (group * a.m + t) * a.width + to % a.width;
+            out[0] = y[0];
+            out[1] = y[1];
+        }
+        if (!a.mass) continue;
+        const int heads = min(HEADS, a.H - h0);
+        const bool last = h0 + HEADS >= a.H;
+        for (int64_t i = tid; i < n_comp; i += ATTEND) {
+            float sum_h = h0 ? a.mass[t * a.top + i] : 0.0f;
+            for (int h = 0; h < heads; h++)
+                sum_h += expf(score[h * room + n_win + i] - s.peak[h]) * s.inverse[h];
+            a.mass[t * a.top + i] = last ? sum_h * (1.0f / (float)a.H) : sum_h;
+        }
+        if (warp == 0) {
+            for (int h = 0; h < heads; h++) {
+                for (int64_t i = lane; i < n_win; i += 32)
+                    window_sum += expf(score[h * room + i] - s.peak[h]) * s.inverse[h];
+                if (lane == 0) sink_sum += expf(a.sink[h0 + h] - s.peak[h]) * s.inverse[h];
+            }
+        }
+        __syncthreads(); /* before the scores of the next heads */
     }
-    __syncthreads();
-    /* back from the rotated frame */
-    for (int i = tid; i < a.H * (a.rope / 2); i += THREADS) {
-        const int head = i / (a.rope / 2), c = i % (a.rope / 2);
-        const int64_t at = (int64_t)head * a.D + a.D - a.rope + 2 * c, group = at / a.width;
-        rotate_pair(a.o + (group * a.m + t) * a.width + at % a.width, a.freq[c], (float)pos, -1.0f);
-    }
-    if (!a.mass) return;
-    for (int64_t i = tid; i < n_comp; i += THREADS) a.mass[t * a.top + i] *= 1.0f / (float)a.H;
-    if (tid == 0) {
+    if (!a.mass || warp) return;
+    for (int k = 16; k >= 1; k /= 2) window_sum += __shfl_xor_sync(0xffffffffu, window_sum, k);
+    if (lane == 0) {
         a.part[t] = window_sum / (float)a.H;
         a.part[a.m + t] = sink_sum / (float)a.H;
     }
@@ -148,19 +249,24 @@ static __global__ void __launch_bounds__(THREADS) dense_k(const __grid_constant_
     }
 }
 
-lsa_status teacher_dense(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, int64_t *rows,
-                         lsa_err *err) {
+lsa_status teacher_dense(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t first, int64_t n,
+                         float *out, lsa_err *err) {
     const lsa_gpu_teacher_geom *g = &t->g;
-    const int64_t e = t->dense_every, first = e ? (p + e) / e * e - 1 : 0, ld = t->max_tokens / LSA_CHUNK + 1;
-    *rows = e && first < p + m ? (p + m - 1 - first) / e + 1 : 0;
-    if (*rows == 0) return LSA_OK;
-    const dense_args a = {t->q, t->win, t->row,    l->w.sink,   t->dense,  p,         first,
-                          e,    ld,     g->n_head, g->head_dim, g->window, l->w.ratio};
-    dense_k<<<(unsigned)*rows, THREADS, 0, t->cs->stream>>>(a);
-    LSA_CUDA(cudaGetLastError());
-    LSA_CUDA(cudaMemcpyAsync(t->host_dense, t->dense, (size_t)(*rows * ld) * sizeof(float),
-                             cudaMemcpyDeviceToHost, t->cs->stream));
-    return LSA_OK;
+    const dense_args a = {t->q,
+                          t->win,
+                          t->row,
+                          l->w.sink,
+                          out,
+                          p,
+                          first,
+                          t->dense_every,
+                          t->max_tokens / LSA_CHUNK + 1,
+                          g->n_head,
+                          g->head_dim,
+                          g->window,
+                          l->w.ratio};
+    if (n > 0) dense_k<<<(unsigned)n, THREADS, 0, t->cs->stream>>>(a);
+    LSA_LAUNCHED("dense mass");
 }
 
 /* [G, m, R] -> [m, G R] */
@@ -170,43 +276,43 @@ static __global__ void __launch_bounds__(THREADS)
     for (int i = threadIdx.x; i < G * R; i += THREADS) out[t * G * R + i] = in[(i / R * m + t) * R + i % R];
 }
 
+template <int V> static lsa_status attend(lsa_gpu_teacher *t, const attend_args *a, lsa_err *err) {
+    const int bytes =
+        (PARTS * HEADS * 128 * V + (a->mass ? HEADS * (a->window + a->top) : 0)) * (int)sizeof(float);
+    LSA_CUDA(cudaFuncSetAttribute(attend_k<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    attend_k<V><<<(unsigned)a->m, ATTEND, bytes, t->cs->stream>>>(*a);
+    LSA_LAUNCHED("attend");
+}
+
 lsa_status teacher_attend(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_gpu_teacher_geom *g = &t->g;
     const lsa_gpu_layer_weights *w = &l->w;
     const bool csa = w->roles == 2;
-    const int64_t width = t->HD / g->o_groups, GR = (int64_t)g->o_groups * g->o_rank,
-                  most = g->window + (!w->ratio ? 0
-                                      : csa     ? t->top
-                                                : (p + m) / w->ratio);
-    const int heads = (int)(SCORES / (most + 1) < g->n_head ? SCORES / (most + 1) : g->n_head);
-    if (heads < 1)
-        LSA_RET_FAIL(LSA_E_CONFIG, "attention over %lld rows at once: this path takes at most %d",
-                     (long long)most, SCORES - 1);
-    attend_args a = {t->q,
-                     t->win,
-                     t->row,
-                     w->sink,
-                     w->ratio ? t->table.freq_comp : t->table.freq_main,
-                     csa ? t->sel : NULL,
-                     csa ? t->n_sel : NULL,
-                     t->o,
-                     csa ? t->mass : NULL,
-                     t->part,
-                     p,
-                     m,
-                     width,
-                     g->n_head,
-                     g->head_dim,
-                     g->window,
-                     w->ratio,
-                     (int)t->top,
-                     g->rope_dim,
-                     heads};
-    const int bytes = (int)(heads * (most + 1) * (int64_t)sizeof(float));
-    LSA_CUDA(cudaFuncSetAttribute(attend_k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    attend_k<<<(unsigned)m, THREADS, bytes, t->cs->stream>>>(a);
-    LSA_CUDA(cudaGetLastError());
+    const int64_t width = t->HD / g->o_groups, GR = (int64_t)g->o_groups * g->o_rank;
+    const attend_args a = {t->q,
+                           t->win,
+                           t->row,
+                           w->sink,
+                           w->ratio ? t->table.freq_comp : t->table.freq_main,
+                           csa ? t->sel : NULL,
+                           csa ? t->n_sel : NULL,
+                           t->o,
+                           csa ? t->mass : NULL,
+                           t->part,
+                           p,
+                           m,
+                           width,
+                           g->n_head,
+                           g->head_dim,
+                           g->window,
+                           w->ratio,
+                           (int)t->top,
+                           g->rope_dim};
+    LSA_TRY(g->head_dim <= 128   ? attend<1>(t, &a, err)
+            : g->head_dim <= 256 ? attend<2>(t, &a, err)
+            : g->head_dim <= 512 ? attend<4>(t, &a, err)
+                                 : attend<8>(t, &a, err));
     for (int64_t i = 0; i < g->o_groups; i++)
         LSA_TRY(teacher_gemm(t, m, g->o_rank, width, t->o + i * m * width, w->wo_a + i * g->o_rank * width, 0,
                              t->og + i * m * g->o_rank, err));

@@ -112,37 +112,89 @@ static __device__ void hadamard(float *v, int n) {
 struct query_args {
     const float *qq, *freq;
     float *q, *iq;
-    int64_t p;
+    int64_t p, m;
     int H, D, Hi, Di, rope;
     float eps;
-    bool fp4;
+    bool fp4, index;
 };
 
-/* A block a token and head: attention queries are normed and rotated, index queries rotated and transformed.
- */
+/* A warp a token and head, N / 32 channels side by side a lane: attention queries are normed and rotated,
+ * index queries rotated and transformed. index: heads a.H and on. */
+template <int N>
 static __global__ void __launch_bounds__(THREADS) query_k(const __grid_constant__ query_args a) {
-    __shared__ float v[TEACHER_WIDTH];
-    const int64_t t = blockIdx.x;
-    const int h = blockIdx.y, nq = a.H * a.D + a.Hi * a.Di;
-    const bool index = h >= a.H;
-    const int n = index ? a.Di : a.D;
-    const float *const from = a.qq + t * nq + (index ? a.H * a.D + (h - a.H) * a.Di : h * a.D);
-    float *const to = index ? a.iq + (t * a.Hi + h - a.H) * a.Di : a.q + (t * a.H + h) * a.D;
-    if (index) {
-        for (int i = threadIdx.x; i < n; i += THREADS) v[i] = from[i];
-        __syncthreads();
-    } else {
-        norm_into(v, from, NULL, n, a.eps);
+    enum { K = N / 32 };
+    const int lane = threadIdx.x & 31, heads = a.index ? a.Hi : a.H;
+    const int64_t at = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, t = at / heads,
+                  h = at % heads;
+    const int nq = a.H * a.D + a.Hi * a.Di, c0 = lane * K;
+    if (t >= a.m) return;
+    const float *const from = a.qq + t * nq + (a.index ? a.H * a.D : 0) + h * N;
+    float v[K];
+#pragma unroll
+    for (int i = 0; i < K; i++) v[i] = from[c0 + i];
+    if (!a.index) {
+        float s = 0;
+#pragma unroll
+        for (int i = 0; i < K; i++) s += v[i] * v[i];
+        for (int o = 16; o >= 1; o /= 2) s += __shfl_xor_sync(0xffffffffu, s, o);
+        const float r = 1.0f / sqrtf(s / (float)N + a.eps);
+#pragma unroll
+        for (int i = 0; i < K; i++) v[i] *= r;
     }
-    for (int i = threadIdx.x; i < a.rope / 2; i += THREADS)
-        rotate_pair(v + n - a.rope + 2 * i, a.freq[i], (float)(a.p + t), 1.0f);
-    __syncthreads();
-    if (index) {
-        hadamard(v, n);
-        if (a.fp4 && threadIdx.x == 0) simulate_fp4(v, n);
-        __syncthreads();
+#pragma unroll
+    for (int i = 0; i < K; i += 2)
+        if (c0 + i >= N - a.rope)
+            rotate_pair(v + i, a.freq[(c0 + i - N + a.rope) / 2], (float)(a.p + t), 1.0f);
+    if (a.index) {
+#pragma unroll
+        for (int o = 1; o < K; o *= 2)
+#pragma unroll
+            for (int i = 0; i < K; i++)
+                if (!(i & o)) {
+                    const float x = v[i], y = v[i + o];
+                    v[i] = x + y;
+                    v[i + o] = x - y;
+                }
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2)
+#pragma unroll
+            for (int i = 0; i < K; i++) {
+                const float other = __shfl_xor_sync(0xffffffffu, v[i], o);
+                v[i] = lane & o ? other - v[i] : v[i] + other;
+            }
+        const float f = 1.0f / sqrtf((float)N);
+#pragma unroll
+        for (int i = 0; i < K; i++) v[i] *= f;
     }
-    for (int i = threadIdx.x; i < n; i += THREADS) to[i] = v[i];
+    float *const to = (a.index ? a.iq : a.q) + (t * heads + h) * N;
+#pragma unroll
+    for (int i = 0; i < K; i++) to[c0 + i] = v[i];
+    if (!a.index || !a.fp4) return;
+    __syncwarp();
+    if (lane == 0) simulate_fp4(to, N);
+}
+
+static lsa_status query(lsa_gpu_teacher *t, const query_args *a, lsa_err *err) {
+    const int64_t vectors = a->m * (a->index ? a->Hi : a->H);
+    const unsigned blocks = (unsigned)((vectors + THREADS / 32 - 1) / (THREADS / 32));
+    const cudaStream_t s = t->cs->stream;
+    switch (a->index ? a->Di : a->D) {
+    case 64:
+        query_k<64><<<blocks, THREADS, 0, s>>>(*a);
+        break;
+    case 128:
+        query_k<128><<<blocks, THREADS, 0, s>>>(*a);
+        break;
+    case 256:
+        query_k<256><<<blocks, THREADS, 0, s>>>(*a);
+        break;
+    case 512:
+        query_k<512><<<blocks, THREADS, 0, s>>>(*a);
+        break;
+    default:
+        query_k<1024><<<blocks, THREADS, 0, s>>>(*a);
+    }
+    LSA_LAUNCHED("query");
 }
 
 lsa_status teacher_project(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err) {
@@ -188,20 +240,23 @@ lsa_status teacher_project(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p
     }
     LSA_TRY(teacher_gemm(t, m, nq, g->q_rank, t->qr, w->wq, 0, t->qq, err));
     {
-        const query_args a = {t->qq,
-                              freq,
-                              t->q,
-                              t->iq,
-                              p,
-                              g->n_head,
-                              g->head_dim,
-                              csa ? g->index_n_head : 0,
-                              g->index_head_dim,
-                              g->rope_dim,
-                              g->norm_eps,
-                              g->sim_fp4_index};
-        query_k<<<dim3((unsigned)m, (unsigned)(a.H + a.Hi)), THREADS, 0, t->cs->stream>>>(a);
-        LSA_CUDA(cudaGetLastError());
+        query_args a = {t->qq,
+                        freq,
+                        t->q,
+                        t->iq,
+                        p,
+                        m,
+                        g->n_head,
+                        g->head_dim,
+                        csa ? g->index_n_head : 0,
+                        g->index_head_dim,
+                        g->rope_dim,
+                        g->norm_eps,
+                        g->sim_fp4_index,
+                        false};
+        LSA_TRY(query(t, &a, err));
+        a.index = true;
+        if (csa) LSA_TRY(query(t, &a, err));
     }
 done:
     return st;

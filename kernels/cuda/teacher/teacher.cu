@@ -10,17 +10,16 @@ extern "C" {
 #include "kernels/core/lsa_ids.h"
 }
 
-enum { LOGIT_BYTES = 1 << 28 };
+enum { LOGIT_BYTES = 1 << 30 }; /* enough tokens for all multiprocessors at the longest contexts */
 
 static lsa_status check(const lsa_gpu_teacher_geom *g, int64_t max_tokens, int64_t chunk, lsa_err *err) {
-    if (g->hc_mult < 1 || g->hc_mult > TEACHER_STREAMS || g->head_dim > TEACHER_WIDTH ||
-        g->index_head_dim > TEACHER_WIDTH || g->head_dim % 2 ||
-        (g->index_head_dim & (g->index_head_dim - 1)) || g->rope_dim > g->head_dim ||
-        g->rope_dim > g->index_head_dim || g->n_head % g->o_groups)
+    const auto sized = [](int n) { return n >= 64 && n <= TEACHER_WIDTH && (n & (n - 1)) == 0; };
+    if (g->hc_mult < 1 || g->hc_mult > TEACHER_STREAMS || !sized(g->head_dim) || !sized(g->index_head_dim) ||
+        g->rope_dim > g->head_dim || g->rope_dim > g->index_head_dim || g->n_head % g->o_groups)
         LSA_RET_FAIL(
             LSA_E_CONFIG,
-            "the GPU teacher takes up to %d streams, heads of up to %d (index heads a power of two): found %d "
-            "streams, heads of %d, index heads of %d",
+            "the GPU teacher takes up to %d streams, heads and index heads of 64, 128, 256, 512 or %d: "
+            "found %d streams, heads of %d, index heads of %d; use --device cpu",
             TEACHER_STREAMS, TEACHER_WIDTH, g->hc_mult, g->head_dim, g->index_head_dim);
     if (max_tokens < 1 || chunk < 1)
         LSA_RET_FAIL(LSA_E_ARG, "room for %lld tokens, %lld at a time", (long long)max_tokens,
@@ -41,8 +40,6 @@ static lsa_status to_device(lsa_gpu_teacher *t, const void **out, const void *ho
 #define PUT(to, from, count)                                                                                 \
     LSA_TRY(to_device(t, (const void **)&(to), (from), (int64_t)(count), sizeof *(from), #to, err))
 #define NEW(p, count) LSA_TRY(lsa_ctx_alloc_(t->ctx, (void **)&(p), (int64_t)(count), sizeof *(p), #p, err))
-#define PINNED(p, count)                                                                                     \
-    LSA_CUDA(cudaHostAlloc((void **)&(p), (size_t)(count) * sizeof *(p), cudaHostAllocDefault))
 
 static lsa_status allocate(lsa_gpu_teacher *t, lsa_err *err) {
     lsa_status st = LSA_OK;
@@ -75,9 +72,14 @@ static lsa_status allocate(lsa_gpu_teacher *t, lsa_err *err) {
     NEW(t->og, m * GR);
     NEW(t->o2, m * GR);
     NEW(t->y, m * d);
-    t->logit_rows = LOGIT_BYTES / (chunks * 4);
-    t->logit_rows = t->logit_rows < 1 ? 1 : t->logit_rows > m ? m : t->logit_rows;
-    NEW(t->logit, t->logit_rows * chunks);
+    t->logit_room = m * (chunks + 32);
+    if (t->logit_room > LOGIT_BYTES / 4) t->logit_room = LOGIT_BYTES / 4;
+    if (t->logit_room < chunks + 32) t->logit_room = chunks + 32;
+    NEW(t->logit, t->logit_room);
+    NEW(t->candidate, t->logit_room);
+    NEW(t->key16, chunks * Di);
+    NEW(t->iq16, m * t->ID);
+    NEW(t->key_most, 1);
     NEW(t->route, m * E);
     NEW(t->weight, m * k);
     NEW(t->expert, m * k);
@@ -87,18 +89,8 @@ static lsa_status allocate(lsa_gpu_teacher *t, lsa_err *err) {
     NEW(t->act, m * k * M);
     NEW(t->ye, m * k * d);
     NEW(t->h13, m * 2 * M);
-    NEW(t->sel, m * t->top);
-    NEW(t->n_sel, m);
-    NEW(t->sel_logit, m * t->top);
-    NEW(t->mass, m * t->top);
-    NEW(t->part, 2 * m);
-    PINNED(t->host_sel, m * t->top);
-    PINNED(t->host_n_sel, m);
-    PINNED(t->host_sel_logit, m * t->top);
-    PINNED(t->host_mass, m * t->top);
-    PINNED(t->host_part, 2 * m);
-    PINNED(t->host_hidden, m * d);
-    for (int i = 0; i < LSA_GPU_MAX_PROBE; i++) PINNED(t->host_probe[i], chunks + t->ID + Hi);
+    LSA_TRY(teacher_slots_create(t, err));
+    LSA_TRY(teacher_marks_create(t, err));
 done:
     return st;
 }
@@ -141,20 +133,16 @@ extern "C" void lsa_gpu_teacher_destroy(lsa_gpu_teacher *t) {
     const lsa_gpu_teacher_tables *const w = &t->table;
     const void *const table[] = {w->freq_main, w->freq_comp, w->embed,     w->head,
                                  w->norm,      w->head_fn,   w->head_base, w->head_scale};
-    void *const p[] = {t->token, t->X,      t->win,    t->proj,  t->iproj,     t->row,  t->key,
-                       t->z,     t->coef,   t->x,      t->xp,    t->qr,        t->qq,   t->q,
-                       t->iq,    t->iw,     t->o,      t->og,    t->o2,        t->y,    t->logit,
-                       t->route, t->weight, t->expert, t->place, t->begin,     t->list, t->act,
-                       t->ye,    t->h13,    t->sel,    t->n_sel, t->sel_logit, t->mass, t->part};
-    void *const pinned[] = {t->host_sel,  t->host_n_sel, t->host_sel_logit,
-                            t->host_mass, t->host_part,  t->host_hidden};
+    void *const p[] = {t->token, t->X,      t->win,       t->proj,  t->iproj, t->row,     t->key,
+                       t->z,     t->coef,   t->x,         t->xp,    t->qr,    t->qq,      t->q,
+                       t->iq,    t->iw,     t->o,         t->og,    t->o2,    t->y,       t->logit,
+                       t->route, t->weight, t->expert,    t->place, t->begin, t->list,    t->act,
+                       t->ye,    t->h13,    t->candidate, t->key16, t->iq16,  t->key_most};
+    teacher_slots_destroy(t);
+    teacher_marks_destroy(t);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         lsa_ctx_free(t->ctx, (void *)(uintptr_t)table[i]);
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(t->ctx, p[i]);
-    for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++) cudaFreeHost(pinned[i]);
-    for (int i = 0; i < LSA_GPU_MAX_PROBE; i++) cudaFreeHost(t->host_probe[i]);
-    lsa_ctx_free(t->ctx, t->dense);
-    cudaFreeHost(t->host_dense);
     free(t);
 }
 
@@ -212,60 +200,34 @@ extern "C" void lsa_gpu_layer_drop(lsa_gpu_layer *l) {
                              w->sink,      w->wx,        w->wq,         w->wo_a,       w->wo_b,
                              w->ape,       w->comp_norm, w->iape,       w->icomp_norm, w->gate,
                              w->gate_bias, w->tid2eid,   w->w13,        w->w2};
-    for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(l->ctx, (void *)(uintptr_t)p[i]);
+    for (size_t i = 0; i < sizeof p / sizeof *p && !l->borrowed; i++)
+        lsa_ctx_free(l->ctx, (void *)(uintptr_t)p[i]);
     free(l);
 }
 
-static lsa_status room_for_dense(lsa_gpu_teacher *t, int64_t every, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    const int64_t rows = every > 0 ? t->chunk / every + 1 : 0, ld = t->max_tokens / LSA_CHUNK + 1;
-    t->dense_every = every > 0 ? every : 0;
-    if (rows <= t->dense_room) return LSA_OK;
-    lsa_ctx_free(t->ctx, t->dense);
-    cudaFreeHost(t->host_dense);
-    t->dense = t->host_dense = NULL;
-    t->dense_room = 0;
-    NEW(t->dense, rows * ld);
-    PINNED(t->host_dense, rows * ld);
-    t->dense_room = rows;
-done:
-    return st;
-}
-
-extern "C" lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const int32_t *token, int64_t n,
-                                            const int64_t *probe, int32_t n_probe, int64_t dense_every,
+extern "C" lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const lsa_gpu_teacher_doc *doc,
                                             lsa_err *err) {
     lsa_status st = LSA_OK;
-    if (n_probe < 0 || n_probe > LSA_GPU_MAX_PROBE)
-        LSA_RET_FAIL(LSA_E_ARG, "%d probed positions; at most %d", n_probe, LSA_GPU_MAX_PROBE);
-    t->n_probe = n_probe;
-    for (int32_t i = 0; i < n_probe; i++) t->probe[i] = probe[i];
-    LSA_TRY(room_for_dense(t, dense_every, err));
+    const int64_t n = doc->n;
+    if (doc->n_probe < 0 || doc->n_probe > LSA_GPU_MAX_PROBE)
+        LSA_RET_FAIL(LSA_E_ARG, "%d probed positions; at most %d", doc->n_probe, LSA_GPU_MAX_PROBE);
     if (n < 1 || n > t->max_tokens)
         LSA_RET_FAIL(LSA_E_ARG, "a document of %lld tokens; there is room for %lld", (long long)n,
                      (long long)t->max_tokens);
     for (int64_t i = 0; i < n; i++)
-        if (token[i] < 0 || token[i] >= t->g.vocab)
-            LSA_RET_FAIL(LSA_E_ARG, "token %d at position %lld is outside the vocabulary [0, %d)", token[i],
-                         (long long)i, t->g.vocab);
+        if (doc->token[i] < 0 || doc->token[i] >= t->g.vocab)
+            LSA_RET_FAIL(LSA_E_ARG, "token %d at position %lld is outside the vocabulary [0, %d)",
+                         doc->token[i], (long long)i, t->g.vocab);
+    t->n_probe = doc->n_probe;
+    for (int32_t i = 0; i < doc->n_probe; i++) t->probe[i] = doc->probe[i];
+    t->hidden_stride = doc->hidden_stride > 0 ? doc->hidden_stride : 0;
+    t->dense_every = doc->dense_every > 0 ? doc->dense_every : 0;
+    LSA_TRY(teacher_slots_room(t, err));
     t->n = n;
-    LSA_TRY(lsa_ctx_upload(t->ctx, t->token, token, (size_t)n * sizeof *token, err));
+    LSA_TRY(lsa_ctx_upload(t->ctx, t->token, doc->token, (size_t)n * sizeof *doc->token, err));
     LSA_TRY(teacher_embed(t, err));
 done:
     return st;
-}
-
-/* What the chunk's CSA layer selected, on its way to the host. */
-static lsa_status fetch(lsa_gpu_teacher *t, int64_t m, lsa_err *err) {
-    const cudaStream_t s = t->cs->stream;
-    const size_t rows = (size_t)(m * t->top);
-    LSA_CUDA(cudaMemcpyAsync(t->host_sel, t->sel, rows * 4, cudaMemcpyDeviceToHost, s));
-    LSA_CUDA(cudaMemcpyAsync(t->host_sel_logit, t->sel_logit, rows * 4, cudaMemcpyDeviceToHost, s));
-    LSA_CUDA(cudaMemcpyAsync(t->host_mass, t->mass, rows * 4, cudaMemcpyDeviceToHost, s));
-    LSA_CUDA(cudaMemcpyAsync(t->host_n_sel, t->n_sel, (size_t)m * 4, cudaMemcpyDeviceToHost, s));
-    LSA_CUDA(cudaMemcpyAsync(t->host_part, t->part, (size_t)m * 8, cudaMemcpyDeviceToHost, s));
-    LSA_CUDA(cudaStreamSynchronize(s));
-    return LSA_OK;
 }
 
 static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m,
@@ -273,46 +235,34 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
     lsa_status st = LSA_OK;
     const lsa_gpu_layer_weights *w = &l->w;
     const bool csa = w->roles == 2, tell = csa && tap;
-    int64_t dense = 0; /* rows */
+    if (csa) LSA_TRY(teacher_slot_take(t, p, m, tap, user, err)); /* room for the selection at least */
+    LSA_TRY(teacher_marks_begin(t, err));
     LSA_TRY(teacher_collapse(t, p, m, w->attn_fn, w->attn_base, w->attn_scale, w->attn_norm, err));
-    if (tell)
-        LSA_CUDA(cudaMemcpyAsync(t->host_hidden, t->x, (size_t)(m * t->g.hidden) * 4, cudaMemcpyDeviceToHost,
-                                 t->cs->stream));
+    LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
+    if (tell) LSA_TRY(teacher_slot_hidden(t, err));
     LSA_TRY(teacher_project(t, l, p, m, err));
-    if (w->ratio) LSA_TRY(teacher_compress(t, l, p / w->ratio, (p + m) / w->ratio, err));
-    if (csa) LSA_TRY(teacher_select(t, p, m, err));
+    LSA_TRY(teacher_mark(t, LSA_GPU_PROJECT, err));
+    if (w->ratio) {
+        LSA_TRY(teacher_compress(t, l, p / w->ratio, (p + m) / w->ratio, err));
+        LSA_TRY(teacher_mark(t, LSA_GPU_COMPRESS, err));
+    }
+    if (csa) {
+        LSA_TRY(teacher_select(t, p, m, err));
+        LSA_TRY(teacher_mark(t, LSA_GPU_INDEX, err));
+    }
     LSA_TRY(teacher_attend(t, l, p, m, err));
-    if (tell) LSA_TRY(teacher_dense(t, l, p, m, &dense, err));
+    LSA_TRY(teacher_mark(t, LSA_GPU_ATTEND, err));
+    if (tell) {
+        LSA_TRY(teacher_slot_send(t, l, err));
+        LSA_TRY(teacher_mark(t, LSA_GPU_STATISTICS, err));
+    }
     LSA_TRY(teacher_expand(t, p, m, err));
     LSA_TRY(teacher_collapse(t, p, m, w->ffn_fn, w->ffn_base, w->ffn_scale, w->ffn_norm, err));
+    LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
     LSA_TRY(teacher_moe(t, l, p, m, err));
+    LSA_TRY(teacher_mark(t, LSA_GPU_MOE, err));
     LSA_TRY(teacher_expand(t, p, m, err));
-    if (!tell) goto done;
-    LSA_TRY(fetch(t, m, err));
-    {
-        lsa_gpu_probe probe[LSA_GPU_MAX_PROBE];
-        int32_t n_probe = 0;
-        for (int32_t i = 0; i < t->n_probe; i++) {
-            const float *const at = t->host_probe[i], *const iq = at + t->max_tokens / LSA_CHUNK + 1;
-            if (t->probe[i] >= p && t->probe[i] < p + m) probe[n_probe++] = {t->probe[i], at, iq, iq + t->ID};
-        }
-        const lsa_gpu_csa_rows rows = {p,
-                                       m,
-                                       t->top,
-                                       t->host_sel,
-                                       t->host_n_sel,
-                                       t->host_sel_logit,
-                                       t->host_mass,
-                                       t->host_part,
-                                       t->host_part + m,
-                                       t->host_hidden,
-                                       probe,
-                                       n_probe,
-                                       dense ? t->host_dense : NULL,
-                                       t->dense_every,
-                                       t->max_tokens / LSA_CHUNK + 1};
-        tap(user, &rows);
-    }
+    LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
 done:
     return st;
 }
@@ -326,9 +276,14 @@ done:
     return st;
 }
 
-extern "C" lsa_status lsa_gpu_teacher_keys(lsa_gpu_teacher *t, float *key, lsa_err *err) {
-    return lsa_ctx_download(t->ctx, key, t->key,
-                            (size_t)(t->n / LSA_CHUNK * t->g.index_head_dim) * sizeof *key, err);
+extern "C" lsa_status lsa_gpu_teacher_drain(lsa_gpu_teacher *t, lsa_err *err) {
+    return teacher_slots_deliver(t, err);
+}
+
+extern "C" lsa_status lsa_gpu_teacher_seconds(lsa_gpu_teacher *t, double out[LSA_GPU_STAGES], lsa_err *err) {
+    const lsa_status st = teacher_marks_collect(t, err);
+    for (int i = 0; i < LSA_GPU_STAGES; i++) out[i] = t->seconds[i];
+    return st;
 }
 
 extern "C" lsa_status lsa_gpu_teacher_logits(lsa_gpu_teacher *t, int64_t first, int64_t m, float *logits,

@@ -11,11 +11,44 @@ extern "C" {
 #include "kernels/model/gpu_teacher.h"
 }
 
-enum { TEACHER_THREADS = 256, TEACHER_STREAMS = 8, TEACHER_WIDTH = 1024 /* D and Di at most */ };
+enum {
+    TEACHER_THREADS = 256,
+    TEACHER_STREAMS = 8,
+    TEACHER_WIDTH = 1024,   /* D and Di at most; powers of two from 64 on */
+    TEACHER_SCREENED = 128, /* Di that the index is screened at, see select.cu */
+    TEACHER_SLOTS = 3,      /* chunks whose statistics are on their way */
+    TEACHER_MARKS = 16      /* chunks whose stages are not yet summed up */
+};
 
 struct lsa_gpu_layer {
     lsa_ctx *ctx;
     lsa_gpu_layer_weights w; /* the same pointers, on the device */
+    bool borrowed;
+};
+
+/* Statistics of one chunk in one CSA layer, from the kernels to the tap: see slots.cu. */
+struct teacher_rows {
+    int32_t *sel, *n_sel;
+    float *sel_logit, *mass, *part, *key; /* part [2,m] window, sink; key [m/4+1, Di] */
+    float *probe;                         /* [LSA_GPU_MAX_PROBE][T/4 logits, ID, Hi] */
+    float *hidden, *dense;                /* [hidden_room, d] [dense_room, T/4] */
+};
+struct teacher_slot {
+    teacher_rows on, host; /* device, pinned */
+    int64_t hidden_room, dense_room;
+    cudaEvent_t ready, begun, copied;
+    bool full;
+    int64_t p, m, n_hidden, n_dense, hidden_stride, dense_every, first_key, n_key;
+    int64_t probe[LSA_GPU_MAX_PROBE];
+    int32_t n_probe;
+    lsa_gpu_csa_tap *tap;
+    void *user;
+};
+
+/* Events between the stages of a chunk in a layer; stage[i] ended at event i. */
+struct teacher_marks {
+    cudaEvent_t event[16];
+    int stage[16], n;
 };
 
 struct lsa_gpu_teacher {
@@ -34,21 +67,27 @@ struct lsa_gpu_teacher {
     float *z, *coef, *x, *xp, *qr, *qq, *q, *iq,
         *iw;                /* [m,nz] same [m,d] [m,nx] [m,q_rank] [m,HD+ID] [m,HD] [m,ID] [m,Hi] */
     float *o, *og, *o2, *y; /* [G,m,HD/G] [G,m,R] [m,G R] [m,d] */
-    float *logit;           /* [rows at a time, T/4] */
-    int64_t logit_rows;
+    float *logit;           /* [logit_room]: rows of some tokens, at least one of T/4 + 32 */
+    int32_t *candidate;
+    int64_t logit_room;
+    uint16_t *key16, *iq16; /* f16: [T/4, Di] [m, ID] */
+    uint32_t *key_most;
     float *route, *weight;   /* [m,E] [m,k] */
     int32_t *expert, *place; /* [m,k] chosen, ascending; where their rows are in the list */
     int32_t *begin, *list;   /* [E+1] [m k] tokens by expert */
     float *act, *ye, *h13;   /* [m k, M] [m k, d] [m, 2M] */
-    /* statistics of the chunk, device and host */
-    int32_t *sel, *n_sel, *host_sel, *host_n_sel;
+    /* statistics: those of the slot in work */
+    int32_t *sel, *n_sel;
+    float *sel_logit, *mass, *part;
+    teacher_slot slot[TEACHER_SLOTS];
+    int next; /* slot */
+    cudaStream_t copies;
     int64_t probe[LSA_GPU_MAX_PROBE];
     int32_t n_probe;
-    int64_t dense_every, dense_room;      /* room: rows of the chunk that there is memory for */
-    float *dense, *host_dense;            /* [room, T/4] */
-    float *host_probe[LSA_GPU_MAX_PROBE]; /* [T/4] logits, [ID], [Hi] */
-    float *sel_logit, *mass, *part, *host_sel_logit, *host_mass, *host_part,
-        *host_hidden; /* part [2,m] window, sink */
+    int64_t dense_every, hidden_stride;
+    teacher_marks marks[TEACHER_MARKS];
+    int at_marks;
+    double seconds[LSA_GPU_STAGES];
 };
 
 /* Launches, all on the context's stream; p: position of the chunk's first token. */
@@ -63,10 +102,36 @@ lsa_status teacher_compress(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t 
                             lsa_err *err);
 lsa_status teacher_select(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_err *err);
 lsa_status teacher_attend(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err);
-/* Dense mass of the wanted positions, into host_dense; *rows: how many. */
-lsa_status teacher_dense(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, int64_t *rows,
-                         lsa_err *err);
+/* The whole row of f32 index logits of token `at` of the chunk. */
+lsa_status teacher_probe(lsa_gpu_teacher *t, int64_t p, int64_t at, float *logit, lsa_err *err);
+/* Dense mass of n positions from `first` on, t->dense_every apart, into out [n, T/4 + 1]. */
+lsa_status teacher_dense(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t first, int64_t n,
+                         float *out, lsa_err *err);
 lsa_status teacher_moe(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err);
+
+/* Slots (slots.cu). take: the next one, after its former rows were delivered; its buffers become t->sel and
+ * so on. hidden: the chunk's x. send: the copies are queued. deliver: all that are full, oldest first. */
+lsa_status teacher_slots_create(lsa_gpu_teacher *t, lsa_err *err);
+void teacher_slots_destroy(lsa_gpu_teacher *t);
+lsa_status teacher_slots_room(lsa_gpu_teacher *t, lsa_err *err);
+lsa_status teacher_slot_take(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_gpu_csa_tap *tap, void *user,
+                             lsa_err *err);
+lsa_status teacher_slot_hidden(lsa_gpu_teacher *t, lsa_err *err);
+lsa_status teacher_slot_send(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa_err *err);
+lsa_status teacher_slots_deliver(lsa_gpu_teacher *t, lsa_err *err);
+
+/* Times (marks.cu). begin: of a chunk; mark: `stage` ended here; collect: all that are known into seconds. */
+lsa_status teacher_marks_create(lsa_gpu_teacher *t, lsa_err *err);
+void teacher_marks_destroy(lsa_gpu_teacher *t);
+lsa_status teacher_marks_begin(lsa_gpu_teacher *t, lsa_err *err);
+lsa_status teacher_mark(lsa_gpu_teacher *t, lsa_gpu_stage stage, lsa_err *err);
+lsa_status teacher_marks_collect(lsa_gpu_teacher *t, lsa_err *err);
+
+/* Shared memory of a token's index query. */
+static inline int teacher_query_bytes(const lsa_gpu_teacher_geom *g) {
+    const int heads = (g->index_n_head + 7) / 8 * 8;
+    return heads * (g->index_head_dim + 1) * (int)sizeof(float);
+}
 /* c [m,n] = a [m,k] b [n,k]^T (+ c) */
 static inline lsa_status teacher_gemm(lsa_gpu_teacher *t, int64_t m, int64_t n, int64_t k, const float *a,
                                       const float *b, float beta, float *c, lsa_err *err) {

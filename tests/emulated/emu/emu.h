@@ -118,6 +118,11 @@ template <typename T> static inline T atomicAdd(T *p, T v) {
     *p = old + v;
     return old;
 }
+template <typename T> static inline T atomicMax(T *p, T v) {
+    const T old = *p;
+    *p = v > old ? v : old;
+    return old;
+}
 template <typename T> static inline T __ldcs(const T *p) {
     return *p;
 }
@@ -174,6 +179,32 @@ template <typename A, typename B> static inline auto min(A a, B b) -> decltype(a
 }
 template <typename A, typename B> static inline auto max(A a, B b) -> decltype(a + b) {
     return a > b ? a : b;
+}
+
+/* kernels/cuda/mma.cuh by exchanges between lanes. */
+#define LSA_KERNELS_CUDA_MMA_CUH
+static inline void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                           uint32_t b1) {
+    static uint32_t held[32][32][6];
+    const auto value = [](uint32_t pair, int i) {
+        const uint16_t bits = (uint16_t)(pair >> 16 * i);
+        __half h;
+        memcpy(&h, &bits, sizeof h);
+        return __half2float(h);
+    };
+    uint32_t(*const warp)[6] = held[emu::current >> 5];
+    const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(warp[emu::lane()], mine, sizeof mine);
+    emu::meet(0xffffffffu, 0);
+    const int g = emu::lane() >> 2, t = emu::lane() & 3;
+    for (int i = 0; i < 4; i++) { /* row g + 8 (i / 2), column 2 t + i % 2 */
+        for (int k = 0; k < 16; k++) {
+            const int at = k % 8 / 2, late = k / 8; /* lane of the group, second half of the depth */
+            c[i] += value(warp[g * 4 + at][2 * late + i / 2], k % 2) *
+                    value(warp[(2 * t + i % 2) * 4 + at][4 + late], k % 2);
+        }
+    }
+    emu::part();
 }
 
 /* The runtime: device memory is host memory, a stream runs at once. */
