@@ -71,12 +71,21 @@ static __device__ __forceinline__ float combined(const select_args &a, int64_t i
     return r.score == LSA_SCORE_MEAN ? __fdiv_rn(s, (float)r.n_layer) : s;
 }
 
-/* With a continuation neighbours are combined again by every chunk they may lend to: reads of the same lines.
- */
-static __device__ __forceinline__ float score_of(const select_args &a, int64_t i, int64_t c) {
-    float best = combined(a, i, c);
-    for (int j = 1; j <= a.rule.reach && j <= c; j++) {
-        const float v = __fsub_rn(combined(a, i, c - j), a.rule.cost[j - 1]);
+/* Before a continuation: scores of chunks [first - reach, first + count) of n into tile, by `threads` threads
+ * of which this one is the `me`-th. */
+static __device__ __forceinline__ void fill_tile(const select_args &a, int64_t i, int64_t first, int count,
+                                                 int64_t n, float *tile, int me, int threads) {
+    for (int k = me; k < count + a.rule.reach; k += threads) {
+        const int64_t c = first - a.rule.reach + k;
+        tile[k] = c >= 0 && c < n ? combined(a, i, c) : -INFINITY;
+    }
+}
+/* The score of the tile's k-th chunk of its own. */
+static __device__ __forceinline__ float score_of(const select_args &a, const float *tile, int k) {
+    const float *const at = tile + a.rule.reach + k;
+    float best = at[0];
+    for (int j = 1; j <= a.rule.reach; j++) {
+        const float v = __fsub_rn(at[-j], a.rule.cost[j - 1]);
         best = v > best ? v : best;
     }
     return best;
@@ -129,11 +138,14 @@ static __global__ void __launch_bounds__(THREADS) score_k(const __grid_constant_
     const int64_t i = blockIdx.y, n = chunks_of(a, i), first = (int64_t)blockIdx.x * SERVE_BLOCK;
     const span e = evictable(a.rule, n);
     if (first >= n && blockIdx.x > 0) return;
+    __shared__ float tile[SERVE_BLOCK + LSA_MAX_REACH];
+    fill_tile(a, i, first, SERVE_BLOCK, n, tile, threadIdx.x, THREADS);
+    __syncthreads();
     uint32_t code[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         const int64_t c = first + j * THREADS + threadIdx.x;
-        code[j] = c < n ? ordered(score_of(a, i, c)) : 0;
+        code[j] = c < n ? ordered(score_of(a, tile, j * THREADS + threadIdx.x)) : 0;
         if (!now && c < n) a.code[i * a.most + c] = code[j];
     }
     if (now) {
@@ -277,11 +289,15 @@ static __global__ void __launch_bounds__(THREADS) page_key_k(const __grid_consta
     const int64_t c0 = page * LSA_PAGE_CHUNKS, c1 = min(c0 + LSA_PAGE_CHUNKS, n);
     const float t = threshold_at(a.rule, n);
     if (c0 >= n) return;
+    __shared__ float tiles[THREADS / 32][LSA_PAGE_CHUNKS + LSA_MAX_REACH];
+    float *const tile = tiles[threadIdx.x >> 5];
+    fill_tile(a, i, c0, LSA_PAGE_CHUNKS, n, tile, lane, 32);
+    __syncwarp();
     uint32_t above = 0, best = 0;
 #pragma unroll
     for (int j = 0; j < LSA_PAGE_CHUNKS / 32; j++) {
         const int64_t c = c0 + j * 32 + lane;
-        const float s = c < n ? score_of(a, i, c) : -INFINITY;
+        const float s = c < n ? score_of(a, tile, j * 32 + lane) : -INFINITY;
         above += __popc(__ballot_sync(0xffffffffu, c < n && s > t));
         best = max(best, c < n ? ordered(s) : 0u);
     }
