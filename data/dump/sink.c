@@ -33,7 +33,8 @@ struct lsa_sink {
     double seconds;
     pthread_mutex_t lock; /* the manifest, and what follows */
     pthread_cond_t changed;
-    bool failed;
+    lsa_status st; /* of the first that failed */
+    lsa_err err;
     _Atomic int64_t sealed;
 };
 
@@ -48,9 +49,12 @@ static void drop_shard(void *item) {
 static lsa_status name_it(lsa_sink *s, const shard *x, const lsa_manifest_shard *named, lsa_err *err) {
     lsa_status st = LSA_OK;
     pthread_mutex_lock(&s->lock);
-    while (!s->failed && s->m->shard.len < x->number) pthread_cond_wait(&s->changed, &s->lock);
-    if (s->failed)
-        LSA_FAIL(LSA_E_IO, "shard %lld is not named, since one before it failed", (long long)x->number);
+    while (s->st == LSA_OK && s->m->shard.len < x->number) pthread_cond_wait(&s->changed, &s->lock);
+    if (s->m->shard.len < x->number) { /* one before it is missing */
+        if (err && err->code == LSA_OK) *err = s->err;
+        st = s->st;
+        goto done;
+    }
     LSA_TRY(lsa_manifest_add(s->m, named, err));
     LSA_TRY(lsa_manifest_save(s->m, s->out, err));
     atomic_store(&s->sealed, s->m->info.n_doc);
@@ -73,7 +77,8 @@ static lsa_status seal(void *user, void *item, lsa_err *err) {
 done:
     if (st != LSA_OK) {
         pthread_mutex_lock(&s->lock);
-        s->failed = true; /* those that wait for their turn must not wait for ever */
+        if (s->st == LSA_OK && err) s->err = *err;
+        if (s->st == LSA_OK) s->st = st; /* those that wait for their turn must not wait for ever */
         pthread_cond_broadcast(&s->changed);
         pthread_mutex_unlock(&s->lock);
     }
@@ -104,7 +109,7 @@ done:
 void lsa_sink_destroy(lsa_sink *s) {
     if (!s) return;
     pthread_mutex_lock(&s->lock);
-    s->failed = true;
+    if (s->st == LSA_OK) s->st = LSA_E_INTERRUPTED;
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
     for (int32_t i = 0; i < LANES; i++) lsa_lane_destroy(s->lane[i]);

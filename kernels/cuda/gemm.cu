@@ -92,7 +92,7 @@ static lsa_status plan_for(cuda_state *s, const lsa_gemm_args *a, gemm_plan **ou
             return LSA_OK;
         }
     }
-    gemm_plan *p;
+    gemm_plan *p = NULL;
     if (all->n < PLANS) {
         p = &all->plan[all->n++];
     } else {
@@ -112,7 +112,7 @@ lsa_status lsa_cuda_gemm(lsa_ctx *c, const lsa_gemm_args *a, lsa_err *err) {
             LSA_CUDA(cudaMemsetAsync(a->c, 0, (size_t)(a->m * a->n) * sizeof(float), s->stream));
         return LSA_OK;
     }
-    gemm_plan *p;
+    gemm_plan *p = NULL;
     const lsa_status st = plan_for(s, a, &p, err);
     if (st != LSA_OK) return st;
     const cublasStatus_t e =

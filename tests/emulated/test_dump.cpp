@@ -57,9 +57,9 @@ static bool recheck(const char *name) {
     lsa_err err = {};
     int64_t values = 0;
     lsa_recheck_opts o = {};
-    o.n = 2, o.seed = 1, o.device = "cuda";
+    o.n = 1, o.seed = 1, o.device = "cuda";
     if (lsa_dump_recheck(&values, (g_dir + "/" + name).c_str(), &o, &err) != LSA_OK) return failed(&err);
-    return values < 1000;
+    return values < 500;
 }
 
 static std::string read(const std::string &path) {
@@ -90,7 +90,7 @@ int main() {
     g_dir = dir;
     const std::string tokens = g_dir + "/documents.jsonl";
     FILE *const f = fopen(tokens.c_str(), "w");
-    const int length[] = {40, 7, 44, 33, 26};
+    const int length[] = {60, 7, 20, 18};
     uint32_t state = 7;
     for (int n : length) {
         fprintf(f, "{\"tokens\": [");
@@ -107,13 +107,11 @@ int main() {
         return 1;
     lsa_dump_opts o = lsa_dump_defaults();
     o.teacher = good.c_str(), o.tokens = tokens.c_str();
-    o.hidden_stride = 16, o.dense_every = 16, o.shard_bytes = 10000;
+    o.hidden_stride = 16, o.dense_every = 16, o.shard_bytes = 5000;
     int bad = dump("resident", o);
     bad += recheck("resident");
     o.stream = true;
-    o.wave_tokens = 1; /* every document alone */
-    bad += dump("one", o) + differ("one");
-    o.wave_tokens = 100; /* three, then two */
+    o.wave_tokens = 70; /* two documents, then two */
     bad += dump("few", o) + differ("few");
     o.wave_tokens = 0; /* all */
     bad += dump("all", o) + differ("all");
