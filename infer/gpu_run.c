@@ -3,10 +3,9 @@
 
 #include <string.h>
 
-#include "infer/engine.h"
+#include "infer/gpu_weights.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
-#include "kernels/model/gpu_teacher.h"
 
 struct lsa_gpu_run {
     const lsa_engine *e;
@@ -19,7 +18,7 @@ struct lsa_gpu_run {
     int32_t in_work;
 };
 
-static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
+lsa_gpu_teacher_geom lsa_gpu_geom_of(const lsa_engine *e) {
     const lsa_teacher_config *c = &e->c;
     return (lsa_gpu_teacher_geom){.hidden = c->hidden,
                                   .n_head = c->n_head,
@@ -46,7 +45,7 @@ static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
                                   .sim_fp4_index = e->opts.sim_fp4_index};
 }
 
-static lsa_gpu_layer_weights weights_of(const lsa_engine *e, int32_t l) {
+lsa_gpu_layer_weights lsa_gpu_weights_of(const lsa_engine *e, int32_t l) {
     const layer_weights *w = &e->layer[l];
     return (lsa_gpu_layer_weights){.ratio = e->c.ratio[l],
                                    .roles = w->comp.roles,
@@ -87,7 +86,7 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
                               int64_t chunk, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_run *x = NULL;
-    const lsa_gpu_teacher_geom g = geom_of(e);
+    const lsa_gpu_teacher_geom g = lsa_gpu_geom_of(e);
     const lsa_gpu_teacher_tables tables = {e->freq_main, e->freq_comp,  e->embed,        e->head,
                                            e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
     *out = NULL;
@@ -96,7 +95,7 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
     LSA_TRY(lsa_gpu_teacher_create(&x->teacher, ctx, &g, &tables, max_tokens,
                                    chunk ? chunk : LSA_GPU_RUN_CHUNK, err));
     for (int32_t l = 0; l < e->c.n_layer; l++) {
-        const lsa_gpu_layer_weights w = weights_of(e, l);
+        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(e, l);
         LSA_TRY(lsa_gpu_layer_put(&x->layer[l], x->teacher, &w, err));
     }
     for (int32_t o = 0; o < e->c.n_csa; o++)
@@ -116,13 +115,12 @@ void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     lsa_free(x);
 }
 
-static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
-    const lsa_gpu_run *x = user;
-    const lsa_teacher_config *c = &x->e->c;
+void lsa_gpu_tap_rows(const lsa_teacher_config *c, int32_t layer, const lsa_taps *taps,
+                      const lsa_gpu_csa_rows *a) {
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t i = 0; i < a->m; i++) {
-        lsa_tap_csa t = {.ord = {c->csa_ord[x->in_work]},
-                         .layer = {x->in_work},
+        lsa_tap_csa t = {.ord = {c->csa_ord[layer]},
+                         .layer = {layer},
                          .position = a->first + i,
                          .n_visible = lsa_visible(a->first + i),
                          .hidden = a->hidden + i * c->hidden,
@@ -131,15 +129,21 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
                          .sel_logit = a->logit + i * a->top_k,
                          .mass = a->mass + i * a->top_k,
                          .window_mass = a->window_mass[i],
-                         .sink_mass = a->sink_mass[i]};
+                         .sink_mass = a->sink_mass[i],
+                         .n_miss = a->n_miss ? a->n_miss[i] : 0};
         for (int32_t k = 0; k < a->n_probe; k++)
             if (a->probe[k].position == t.position)
                 t.logit = a->probe[k].logit, t.iq = a->probe[k].iq, t.iw = a->probe[k].iw;
         if (a->dense && (t.position + 1) % a->dense_every == 0)
             t.dense_mass =
                 a->dense + ((t.position + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
-        x->taps->csa(x->taps->user, &t);
+        taps->csa(taps->user, &t);
     }
+}
+
+static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
+    const lsa_gpu_run *x = user;
+    lsa_gpu_tap_rows(&x->e->c, x->in_work, x->taps, a);
 }
 
 lsa_status lsa_gpu_run_document(lsa_gpu_run *x, const int32_t *token, int64_t n, const int64_t *probe,

@@ -39,6 +39,7 @@ typedef struct job {
 typedef struct shared {
     const lsa_engine *e;
     const lsa_validate_opts *o;
+    lsa_gpu_model *gpu; /* NULL: on the CPU */
     lsa_progress progress;
     double done; /* tokens, over all jobs */
 } shared;
@@ -110,7 +111,7 @@ static lsa_status write_mask(job *j, const uint8_t *kept, int64_t ev, int64_t s,
 
 /* Decides the resident set of window [s, s+n) into w->kept and counts what it holds; returns through *n_kept.
  */
-static lsa_status decide(job *j, const lsa_session *session, lsa_recall *recall, const lsa_validate_opts *o,
+static lsa_status decide(job *j, lsa_decoder *decoder, lsa_recall *recall, const lsa_validate_opts *o,
                          scratch *w, int64_t s, int64_t n, int64_t ev, int64_t *n_kept, lsa_err *err) {
     lsa_status st = LSA_OK;
     const bool fixed = recall && (o->top_k > 0 || o->threshold >= 0); /* the budget does not decide */
@@ -121,7 +122,9 @@ static lsa_status decide(job *j, const lsa_session *session, lsa_recall *recall,
     double total = 0, have = 0;
     lsa_window_mass(w->mass, j->f, s, s + n, ev);
     if (recall) {
-        LSA_TRY(lsa_recall_score(recall, session, w->score, ev, err));
+        lsa_recall_input in;
+        LSA_TRY(lsa_decoder_recall_input(decoder, j->indexer->geom.ord, j->indexer->geom.n_layer, &in, err));
+        LSA_TRY(lsa_recall_score_input(recall, &in, w->score, ev, err));
     } else {
         const lsa_policy_inputs in = {
             .mass = w->mass, .last = w->last, .seed = o->seed, .doc = j->f->doc->index, .s = s};
@@ -144,36 +147,29 @@ done:
     return st;
 }
 
-/* Misses of a session, added up by its worker threads. */
-static void on_miss(void *user, const lsa_tap_csa *t) {
-    int64_t *n = user;
-    if (t->n_miss == 0) return;
-#pragma omp atomic
-    *n += t->n_miss;
-}
-
-static lsa_status run_windows(job *j, shared *sh, lsa_session *session, lsa_recall *recall, scratch *w,
+static lsa_status run_windows(job *j, shared *sh, lsa_decoder *decoder, lsa_recall *recall, scratch *w,
                               lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_validate_opts *o = sh->o;
     const lsa_full_run *f = j->f;
     const int64_t n_token = f->doc->n_token, row_bytes = lsa_server_row_bytes(f->c) * f->c->n_csa;
     const bool evicts = lsa_policy_evicts(j->r.policy);
-    const lsa_taps taps = {.user = &j->r.misses, .csa = evicts ? on_miss : NULL};
     int64_t drawn = -1;
     for (int64_t s = 0; s < n_token; s += o->tau) {
         const int64_t n = lsa_min_i64(o->tau, n_token - s), ev = evicts ? lsa_evictable(s, o->tail) : 0;
-        int64_t kept = 0;
+        int64_t kept = 0, misses = 0;
         if (lsa_stop_requested()) LSA_FAIL(LSA_E_INTERRUPTED, "stopped");
-        if (ev > 0) LSA_TRY(decide(j, session, recall, o, w, s, n, ev, &kept, err));
+        if (ev > 0) LSA_TRY(decide(j, decoder, recall, o, w, s, n, ev, &kept, err));
         if (ev > 0 && j->want_masks) LSA_TRY(write_mask(j, w->kept, ev, s, err));
         if (j->heat && s * j->heat->rows / n_token != drawn) {
             draw(j->heat, w->kept, ev, s, n_token);
             drawn = s * j->heat->rows / n_token;
         }
         j->r.gpu_bytes += (double)((s / LSA_CHUNK - ev + kept) * row_bytes);
-        lsa_session_set_resident(session, ev > 0 ? w->kept : NULL, ev);
-        LSA_TRY(lsa_session_forward(session, f->doc->token + s, n, w->logits, false, &taps, err));
+        LSA_TRY(lsa_decoder_set_resident(decoder, ev > 0 ? w->kept : NULL, ev, err));
+        LSA_TRY(lsa_decoder_forward(decoder, f->doc->token + s, n, w->logits, NULL, evicts ? &misses : NULL,
+                                    err));
+        j->r.misses += misses;
         lsa_count_logits(&j->r, f, w->logits, s, n);
         j->r.windows++;
         report_tokens(sh, n);
@@ -184,20 +180,20 @@ done:
 
 static lsa_status run_job(job *j, shared *sh, lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_session *session = NULL;
+    lsa_decoder *decoder = NULL;
     lsa_recall *recall = NULL;
     scratch w = {0};
     const int64_t n_token = j->f->doc->n_token, chunks = n_token / LSA_CHUNK + 1;
     const lsa_session_opts so = {
         .max_tokens = n_token, .chunk = sh->o->tau, .attend_all = j->r.policy == LSA_POLICY_DENSE};
-    LSA_TRY(lsa_session_create(&session, sh->e, &so, err));
+    LSA_TRY(lsa_decoder_open(&decoder, sh->e, sh->gpu, &so, err));
     if (j->indexer) LSA_TRY(lsa_recall_create(&recall, j->indexer, sh->e, chunks, err));
     LSA_TRY(scratch_make(&w, chunks, lsa_min_i64(sh->o->tau, n_token) * j->f->c->vocab, err));
-    LSA_TRY(run_windows(j, sh, session, recall, &w, err));
+    LSA_TRY(run_windows(j, sh, decoder, recall, &w, err));
 done:
     scratch_free(&w);
     lsa_recall_destroy(recall);
-    lsa_session_destroy(session);
+    lsa_decoder_close(decoder);
     return st;
 }
 
@@ -253,12 +249,14 @@ static int64_t group_size(const lsa_validation *v, const lsa_docs *docs, int64_t
 static lsa_status full_runs(group *g, shared *sh, const lsa_docs *docs, int64_t at, lsa_err *err) {
     const lsa_validate_opts *o = sh->o;
     const int64_t V = lsa_engine_config(sh->e)->vocab;
-    const bool outer = g->n >= omp_get_max_threads(); /* else the forward calls share the threads */
+    const bool outer =
+        !sh->gpu && g->n >= omp_get_max_threads(); /* else the forward calls share the threads */
 #pragma omp parallel for schedule(dynamic, 1) if (outer)
     for (int64_t d = 0; d < g->n; d++) {
         const lsa_doc *doc = lsa_docs_at(docs, at + d);
         const bool logits = doc->n_token * V * (int64_t)sizeof(float) <= o->logits_mib << 20;
-        g->st[d] = lsa_full_run_make(&g->f[d], &g->full[d], sh->e, doc, o->tau, o->tail, logits, &g->err[d]);
+        g->st[d] = lsa_full_run_make(&g->f[d], &g->full[d], sh->e, sh->gpu, doc, o->tau, o->tail, logits,
+                                     &g->err[d]);
         report_tokens(sh, doc->n_token);
     }
     for (int64_t d = 0; d < g->n; d++)
@@ -300,7 +298,7 @@ static lsa_status run_group(lsa_validation *v, shared *sh, const lsa_docs *docs,
     LSA_TRY(LSA_NEW(g.jobs, n * v->n, err));
     LSA_TRY(full_runs(&g, sh, docs, at, err));
     plan_jobs(&g, v, indexer, untrained, sh->o);
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 1) if (!sh->gpu)
     for (int64_t i = 0; i < n * g.rows; i++) {
         job *j = &g.jobs[i];
         if (j->r.policy == LSA_POLICY_FULL)
@@ -416,6 +414,7 @@ lsa_status lsa_validate(lsa_validation *v, const lsa_engine *e, const lsa_docs *
     if (o->policy[LSA_POLICY_UNTRAINED])
         LSA_TRY(make_untrained(&untrained, indexer, lsa_engine_config(e), o->seed, err));
     if (o->masks) LSA_TRY(lsa_commit_begin(&masks, o->masks, err));
+    if (o->gpu) LSA_TRY(lsa_gpu_model_create(&sh.gpu, o->gpu, e, o->tau, err));
     v->first = lsa_docs_at(docs, 0);
     plan_heat(v, o->tau);
     for (int i = 0; i < v->n; i++) runs += v->row[i].policy != LSA_POLICY_FULL;
@@ -431,6 +430,7 @@ done:
     v->seconds = lsa_now_s() - t0;
     if (o->masks) lsa_commit_abort(&masks);
     lsa_indexer_file_fini(&untrained);
+    lsa_gpu_model_destroy(sh.gpu);
     if (st != LSA_OK && st != LSA_E_INTERRUPTED) lsa_validation_fini(v);
     return st;
 }

@@ -24,6 +24,7 @@ typedef struct lsa_validate_opts {
     uint64_t seed;
     int64_t
         logits_mib; /* memory for the full runs' log-probabilities; a document that does not fit has no KL */
+    lsa_ctx *gpu;   /* NULL: on the CPU; else a CUDA context, borrowed: one document and policy at a time */
     const char *masks; /* NULL, or a file to be written: which chunks were kept, one JSON line per document,
                           row and window */
 } lsa_validate_opts;

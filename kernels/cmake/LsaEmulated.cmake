@@ -43,3 +43,5 @@ lsa_emulated(select INCLUDES serve/select.cu)
 lsa_emulated(update INCLUDES step/update.cu)
 lsa_emulated(eval INCLUDES step/eval.cu)
 lsa_emulated(teacher SOURCES teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/teacher.cu)
+lsa_emulated(session SOURCES teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/teacher.cu
+             decode/select.cu decode/session.cu)

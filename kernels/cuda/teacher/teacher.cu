@@ -22,7 +22,7 @@ static lsa_status check(const lsa_gpu_teacher_geom *g, int64_t max_tokens, int64
             "the GPU teacher takes up to %d streams, heads of up to %d (index heads a power of two): found %d "
             "streams, heads of %d, index heads of %d",
             TEACHER_STREAMS, TEACHER_WIDTH, g->hc_mult, g->head_dim, g->index_head_dim);
-    if (max_tokens < 1 || chunk < 1)
+    if (max_tokens < 0 || chunk < 1)
         LSA_RET_FAIL(LSA_E_ARG, "room for %lld tokens, %lld at a time", (long long)max_tokens,
                      (long long)chunk);
     return LSA_OK;
@@ -118,7 +118,7 @@ extern "C" lsa_status lsa_gpu_teacher_create(lsa_gpu_teacher **out, lsa_ctx *ctx
     t->cs = lsa_cuda(ctx);
     t->g = *g;
     t->max_tokens = max_tokens;
-    t->chunk = chunk < max_tokens ? chunk : max_tokens;
+    t->chunk = max_tokens && chunk > max_tokens ? max_tokens : chunk;
     PUT(t->table.freq_main, w->freq_main, g->rope_dim / 2);
     PUT(t->table.freq_comp, w->freq_comp, g->rope_dim / 2);
     PUT(t->table.embed, w->embed, V * d);
@@ -301,6 +301,7 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
                                        t->top,
                                        t->host_sel,
                                        t->host_n_sel,
+                                       NULL,
                                        t->host_sel_logit,
                                        t->host_mass,
                                        t->host_part,
