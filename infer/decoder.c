@@ -1,6 +1,8 @@
 /* Sessions on either device: see decoder.h. */
 #include "infer/decoder.h"
 
+#include <string.h>
+
 #include "infer/gpu_weights.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
@@ -51,25 +53,46 @@ void lsa_gpu_model_destroy(lsa_gpu_model *g) {
     lsa_free(g);
 }
 
-lsa_status lsa_decoder_open(lsa_decoder **out, const lsa_engine *e, lsa_gpu_model *gpu,
-                            const lsa_session_opts *o, lsa_err *err) {
+static lsa_status open_on(lsa_decoder **out, const lsa_engine *e, lsa_gpu_model *gpu,
+                          const lsa_gpu_session_opts *on_gpu, const lsa_session_opts *on_cpu, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_decoder *d = NULL;
     *out = NULL;
     LSA_TRY(LSA_NEW(d, 1, err));
     d->e = e;
-    d->max_chunk = o->max_tokens / LSA_CHUNK;
-    if (gpu) {
-        const lsa_gpu_session_opts so = {.max_tokens = o->max_tokens, .attend_all = o->attend_all};
-        LSA_TRY(lsa_gpu_session_create(&d->gpu, gpu->teacher, gpu->layer, e->c.n_layer, &so, err));
-    } else {
-        LSA_TRY(lsa_session_create(&d->cpu, e, o, err));
-    }
+    d->max_chunk = (gpu ? on_gpu->max_tokens : on_cpu->max_tokens) / LSA_CHUNK;
+    if (gpu)
+        LSA_TRY(lsa_gpu_session_create(&d->gpu, gpu->teacher, gpu->layer, e->c.n_layer, on_gpu, err));
+    else
+        LSA_TRY(lsa_session_create(&d->cpu, e, on_cpu, err));
     *out = d;
     d = NULL;
 done:
     lsa_decoder_close(d);
     return st;
+}
+
+lsa_status lsa_decoder_open(lsa_decoder **out, const lsa_engine *e, lsa_gpu_model *gpu,
+                            const lsa_session_opts *o, lsa_err *err) {
+    const lsa_gpu_session_opts so = {.max_tokens = o->max_tokens, .attend_all = o->attend_all};
+    return open_on(out, e, gpu, &so, o, err);
+}
+
+lsa_status lsa_decoder_open_gpu(lsa_decoder **out, const lsa_engine *e, lsa_gpu_model *gpu,
+                                const lsa_gpu_session_opts *o, lsa_err *err) {
+    return open_on(out, e, gpu, o, NULL, err);
+}
+
+lsa_gpu_session *lsa_decoder_gpu(lsa_decoder *d) {
+    return d->gpu;
+}
+
+void lsa_decoder_reset(lsa_decoder *d) {
+    memset(d->n_key, 0, sizeof d->n_key);
+    if (d->gpu)
+        lsa_gpu_session_reset(d->gpu);
+    else
+        lsa_session_reset(d->cpu);
 }
 
 void lsa_decoder_close(lsa_decoder *d) {

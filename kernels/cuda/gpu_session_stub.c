@@ -24,6 +24,15 @@ lsa_status lsa_gpu_session_set_resident(lsa_gpu_session *s, const uint8_t *resid
     (void)s, (void)resident, (void)n_masked;
     NO_CUDA;
 }
+lsa_status lsa_gpu_session_prefetch(lsa_gpu_session *s, const uint8_t *resident, int64_t n_masked,
+                                    lsa_err *err) {
+    (void)s, (void)resident, (void)n_masked;
+    NO_CUDA;
+}
+void lsa_gpu_session_count(const lsa_gpu_session *s, lsa_gpu_session_use *out) {
+    (void)s;
+    *out = (lsa_gpu_session_use){0};
+}
 lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t *token, int64_t m, float *logits,
                                    bool last_only, lsa_gpu_session_tap *tap, void *user, int64_t *n_miss,
                                    lsa_err *err) {

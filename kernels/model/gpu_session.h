@@ -13,11 +13,28 @@
 
 typedef struct lsa_gpu_session lsa_gpu_session;
 
-/* Room for max_tokens tokens. attend_all: CSA layers attend to every visible chunk instead of the native
- * top-k. */
+/* How the compressed rows and index keys of CSA layers are kept. SERVER and TIERED hold the same bytes, so
+ * they give the same bits. A row of D channels is D - rope E4M3 codes, rope bf16, an E8M0 scale for every 64
+ * codes, zeros up to a multiple of 8 scales: 584 bytes at D = 512 (notes 13.1, row after row); a key is Di
+ * E4M3 codes and an f32 scale (13.2). The codes hold exactly what sim_fp8_kv makes of a row; its rotary
+ * channels are rounded to bf16 besides. */
+typedef enum lsa_gpu_storage {
+    LSA_GPU_F32 = 0, /* f32 on the GPU, as computed */
+    LSA_GPU_SERVER,  /* encoded, all on the GPU */
+    LSA_GPU_TIERED   /* encoded, all in pinned host memory; the GPU holds a reserve of pages */
+} lsa_gpu_storage;
+
+/* Room for max_tokens tokens. attend_all (F32 only): CSA layers attend to every visible chunk instead of the
+ * native top-k. TIERED: the reserve holds `reserve` pages of `page` chunks, rows and keys of all CSA layers,
+ * this session's own and never more; index keys of the CSA layers (by ordinal) in keys_on_gpu stay on the GPU
+ * whole, for a memory indexer. */
 typedef struct lsa_gpu_session_opts {
     int64_t max_tokens;
     bool attend_all;
+    lsa_gpu_storage storage;
+    int64_t reserve;
+    int32_t page;
+    bool keys_on_gpu[LSA_MAX_CSA];
 } lsa_gpu_session_opts;
 
 /* Borrows the teacher and its layers [n_layer], in forward order. Calls may have as many tokens as the
@@ -34,12 +51,35 @@ int64_t lsa_gpu_session_position(const lsa_gpu_session *s); /* tokens processed 
 LSA_NODISCARD lsa_status lsa_gpu_session_set_resident(lsa_gpu_session *s, const uint8_t *resident,
                                                       int64_t n_masked, lsa_err *err);
 
+/* TIERED: what a set means for the tiers. Pages with a resident chunk, those of chunks >= n_masked and the
+ * one that is being filled are on the GPU; the missing ones are copied there by one launch on a stream of its
+ * own, and calls that follow wait for it. LSA_E_NOMEM, the former set unchanged, if they are more than the
+ * reserve holds. Until the first set (prefill) and after NULL attention reads host memory and all chunks are
+ * scored; with a set only resident chunks are scored, and misses are unknown (-1). Pages of chunks formed
+ * under a set take free places of the reserve: forward is LSA_E_NOMEM, before it computes anything, when
+ * there are none.
+ *
+ * Prefetch: starts to copy what a later set will miss into free places, while calls that follow still run
+ * with the present set; as many pages as there are places. */
+LSA_NODISCARD lsa_status lsa_gpu_session_prefetch(lsa_gpu_session *s, const uint8_t *resident,
+                                                  int64_t n_masked, lsa_err *err);
+
+/* Bytes as allocated, of this session; swapped: copied from host memory to the reserve so far. */
+typedef struct lsa_gpu_session_use {
+    int64_t rows, keys, keys_level1; /* GPU: CSA rows and keys (a reserve, or all); keys_on_gpu */
+    int64_t other;                   /* GPU: windows, compressor histories, HCA rows, page table */
+    int64_t work;                    /* GPU: workspace of calls, which sessions could share */
+    int64_t host;                    /* pinned */
+    int64_t swapped, pages_resident; /* pages that hold something */
+} lsa_gpu_session_use;
+void lsa_gpu_session_count(const lsa_gpu_session *s, lsa_gpu_session_use *out);
+
 /* As lsa_gpu_csa_tap, with the layer's place in `layer`; not called with attend_all. */
 typedef void lsa_gpu_session_tap(void *user, int32_t layer, const lsa_gpu_csa_rows *rows);
 
 /* Processes token [m] (host, ids inside the vocabulary) after what came before. logits: host [m, vocab], or
  * NULL; last_only: host [1, vocab], of the last token. tap, NULL allowed: once a CSA layer. n_miss, NULL
- * allowed: native choices that were not resident, over tokens and CSA layers. */
+ * allowed: native choices that were not resident, over tokens and CSA layers; -1 if unknown. */
 LSA_NODISCARD lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t *token, int64_t m,
                                                  float *logits, bool last_only, lsa_gpu_session_tap *tap,
                                                  void *user, int64_t *n_miss, lsa_err *err);

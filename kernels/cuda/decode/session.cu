@@ -8,8 +8,28 @@
 
 enum { LOGIT_BYTES = 1 << 27 };
 
-#define NEW(p, count)                                                                                        \
-    LSA_TRY(lsa_ctx_alloc_(s->t->ctx, (void **)&(p), (int64_t)(count), sizeof *(p), #p, err))
+lsa_status decode_alloc(lsa_gpu_session *s, void **out, int64_t n, size_t size, int64_t *counter,
+                        const char *name, lsa_err *err) {
+    const lsa_status st = lsa_ctx_alloc_(s->t->ctx, out, n, size, name, err);
+    if (st == LSA_OK) *counter += n * (int64_t)size;
+    return st;
+}
+
+lsa_status decode_pinned(lsa_gpu_session *s, void **out, int64_t n, size_t size, lsa_err *err) {
+    *out = NULL;
+    const cudaError_t e = cudaHostAlloc(out, (size_t)n * size, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (e != cudaSuccess) {
+        cudaGetLastError();
+        *out = NULL;
+        LSA_RET_FAIL(
+            LSA_E_NOMEM,
+            "%.1f MiB of pinned host memory refused (%s): lower max_tokens or raise the limit on locked "
+            "memory",
+            (double)n * (double)size / 1048576.0, cudaGetErrorString(e));
+    }
+    s->use.host += n * (int64_t)size;
+    return LSA_OK;
+}
 
 /* ---- rows of the last tokens ---- */
 
@@ -18,8 +38,8 @@ static lsa_status rows_make(lsa_gpu_session *s, token_rows *r, int64_t keep, int
     lsa_status st = LSA_OK;
     r->width = width, r->second_width = second_width, r->keep = keep;
     r->room = 2 * keep + s->t->chunk; /* so that rows that move never overlap where they go */
-    NEW(r->data, r->room * width);
-    NEW(r->second, r->room * second_width);
+    NEW(r->data, r->room * width, other);
+    NEW(r->second, r->room * second_width, other);
 done:
     return st;
 }
@@ -52,8 +72,13 @@ static lsa_status layer_make(lsa_gpu_session *s, decode_layer *y, lsa_err *err) 
     LSA_TRY(rows_make(s, &y->win, g->window, D, 0, err));
     if (!w->ratio) goto done;
     LSA_TRY(rows_make(s, &y->proj, (int64_t)w->roles * w->ratio, 2 * w->roles * D, csa ? 4 * Di : 0, err));
-    NEW(y->row, (s->o.max_tokens / w->ratio + 1) * D);
-    if (csa) NEW(y->key, (s->max_chunk + 1) * Di);
+    if (csa && s->o.storage != LSA_GPU_F32) goto done; /* pages.cu */
+    if (csa) {
+        NEW(y->row, (s->max_chunk + 1) * D, rows);
+        NEW(y->key, (s->max_chunk + 1) * Di, keys);
+    } else {
+        NEW(y->row, (s->o.max_tokens / w->ratio + 1) * D, other);
+    }
 done:
     return st;
 }
@@ -78,17 +103,17 @@ extern "C" lsa_status lsa_gpu_session_create(lsa_gpu_session **out, lsa_gpu_teac
         s->layer[l].l = layer[l];
         LSA_TRY(layer_make(s, &s->layer[l], err));
     }
-    NEW(s->token, t->chunk);
-    NEW(s->X, t->chunk * g->hc_mult * g->hidden);
+    LSA_TRY(pages_make(s, err));
+    NEW(s->token, t->chunk, work);
+    NEW(s->X, t->chunk * g->hc_mult * g->hidden, work);
     s->logit_rows = LOGIT_BYTES / ((s->max_chunk + 1) * (int64_t)sizeof *s->logit);
     s->logit_rows = s->logit_rows < 1 ? 1 : s->logit_rows > t->chunk ? t->chunk : s->logit_rows;
-    if (!o->attend_all) NEW(s->logit, s->logit_rows * (s->max_chunk + 1));
-    NEW(s->hidden, (int64_t)s->n_csa * g->hidden);
-    NEW(s->mask, s->max_chunk + 1);
-    NEW(s->miss, t->chunk);
-    NEW(s->all_miss, 1);
-    LSA_CUDA(
-        cudaHostAlloc((void **)&s->host_miss, (size_t)t->chunk * sizeof *s->host_miss, cudaHostAllocDefault));
+    if (!o->attend_all) NEW(s->logit, s->logit_rows * (s->max_chunk + 1), work);
+    NEW(s->hidden, (int64_t)s->n_csa * g->hidden, work);
+    if (o->storage != LSA_GPU_TIERED) NEW(s->mask, s->max_chunk + 1, work);
+    NEW(s->miss, t->chunk, work);
+    NEW(s->all_miss, 1, work);
+    PINNED(s->host_miss, t->chunk);
     *out = s;
     s = NULL;
 done:
@@ -99,6 +124,7 @@ done:
 extern "C" void lsa_gpu_session_destroy(lsa_gpu_session *s) {
     if (!s) return;
     cudaStreamSynchronize(s->t->cs->stream);
+    pages_free(s);
     for (int32_t l = 0; l < s->n_layer; l++) {
         decode_layer *const y = &s->layer[l];
         void *const p[] = {y->win.data, y->proj.data, y->proj.second, y->row, y->key};
@@ -113,6 +139,7 @@ extern "C" void lsa_gpu_session_destroy(lsa_gpu_session *s) {
 extern "C" void lsa_gpu_session_reset(lsa_gpu_session *s) {
     s->pos = s->n_masked = 0; /* rows of the sequence before are never read: position 0 bounds them */
     s->masked = false;
+    pages_reset(s);
     for (int32_t l = 0; l < s->n_layer; l++) s->layer[l].win.first = s->layer[l].proj.first = 0;
 }
 
@@ -122,13 +149,26 @@ extern "C" int64_t lsa_gpu_session_position(const lsa_gpu_session *s) {
 
 extern "C" lsa_status lsa_gpu_session_set_resident(lsa_gpu_session *s, const uint8_t *resident,
                                                    int64_t n_masked, lsa_err *err) {
-    s->masked = resident != NULL;
-    s->n_masked = resident ? n_masked : 0;
-    if (!resident) return LSA_OK;
-    if (n_masked < 0 || n_masked > s->max_chunk)
+    lsa_status st = LSA_OK;
+    const bool tiers = s->o.storage == LSA_GPU_TIERED;
+    if (resident && (n_masked < 0 || n_masked > s->max_chunk))
         LSA_RET_FAIL(LSA_E_ARG, "a resident set of %lld chunks; there is room for %lld", (long long)n_masked,
                      (long long)s->max_chunk);
-    return lsa_ctx_upload(s->t->ctx, s->mask, resident, (size_t)n_masked, err);
+    if (resident && tiers) LSA_TRY(pages_set(s, resident, n_masked, err));
+    if (resident && !tiers) LSA_TRY(lsa_ctx_upload(s->t->ctx, s->mask, resident, (size_t)n_masked, err));
+    if (!resident && s->masked) { /* what is formed from here on misses the reserve: it starts empty again */
+        LSA_CUDA(cudaStreamSynchronize(s->t->cs->stream));
+        pages_reset(s);
+    }
+    s->masked = resident != NULL;
+    s->n_masked = resident ? n_masked : 0;
+done:
+    return st;
+}
+
+extern "C" void lsa_gpu_session_count(const lsa_gpu_session *s, lsa_gpu_session_use *out) {
+    *out = s->use;
+    for (int64_t i = 0; i < s->store.n_page; i++) out->pages_resident += s->store.slot_of[i] >= 0;
 }
 
 /* ---- a call ---- */
@@ -148,7 +188,7 @@ static lsa_status tell(lsa_gpu_session *s, int32_t l, int64_t m, lsa_gpu_session
     LSA_CUDA(cudaStreamSynchronize(stream));
     lsa_gpu_csa_rows r = {};
     r.first = s->pos, r.m = m, r.top_k = t->top;
-    r.sel = t->host_sel, r.n_sel = t->host_n_sel, r.n_miss = s->host_miss;
+    r.sel = t->host_sel, r.n_sel = t->host_n_sel, r.n_miss = reserve_only(s) ? NULL : s->host_miss;
     r.logit = t->host_sel_logit, r.mass = t->host_mass;
     r.window_mass = t->host_part, r.sink_mass = t->host_part + m;
     r.hidden = t->host_hidden;
@@ -167,15 +207,31 @@ static lsa_status enter(lsa_gpu_session *s, decode_layer *y, int64_t m, lsa_err 
     t->iproj = at_position(y->proj.second, y->proj.second_width, y->proj.first);
     t->row = y->row;
     t->key = y->key;
+    if (y->csa >= 0 && s->o.storage != LSA_GPU_F32) {
+        t->row = at_position(s->store.fresh_row, t->g.head_dim, s->pos / LSA_CHUNK);
+        t->key = at_position(s->store.fresh_key, t->g.index_head_dim, s->pos / LSA_CHUNK);
+    }
 done:
     return st;
 }
 
 static lsa_status attend(lsa_gpu_session *s, const decode_layer *y, int64_t m, lsa_err *err) {
-    if (y->csa < 0 || !s->o.attend_all) return teacher_attend(s->t, y->l, s->pos, m, err);
-    lsa_gpu_layer all = *y->l;
-    all.w.roles = 1; /* as a layer without an indexer: every row before the token */
-    return teacher_attend(s->t, &all, s->pos, m, err);
+    lsa_status st = LSA_OK;
+    lsa_gpu_teacher *const t = s->t;
+    int32_t *const sel = t->sel;
+    if (y->csa >= 0 && s->o.attend_all) {
+        lsa_gpu_layer all = *y->l;
+        all.w.roles = 1; /* as a layer without an indexer: every row before the token */
+        return teacher_attend(t, &all, s->pos, m, err);
+    }
+    if (y->csa < 0 || s->o.storage == LSA_GPU_F32) return teacher_attend(t, y->l, s->pos, m, err);
+    LSA_TRY(pages_gather(s, y, m, err));
+    t->row = s->store.gathered;
+    t->sel = s->store.gathered_sel;
+    st = teacher_attend(t, y->l, s->pos, m, err);
+    t->sel = sel;
+done:
+    return st;
 }
 
 static lsa_status through_layer(lsa_gpu_session *s, int32_t l, int64_t m, lsa_gpu_session_tap *tap,
@@ -196,6 +252,7 @@ static lsa_status through_layer(lsa_gpu_session *s, int32_t l, int64_t m, lsa_gp
                                  t->cs->stream));
     LSA_TRY(teacher_project(t, y->l, p, m, err));
     if (w->ratio) LSA_TRY(teacher_compress(t, y->l, p / w->ratio, (p + m) / w->ratio, err));
+    if (csa && s->o.storage != LSA_GPU_F32) LSA_TRY(pages_store(s, y, p / w->ratio, (p + m) / w->ratio, err));
     if (csa && !s->o.attend_all) LSA_TRY(decode_select(s, y, p, m, err));
     LSA_TRY(attend(s, y, m, err));
     LSA_TRY(teacher_expand(t, p, m, err));
@@ -225,8 +282,9 @@ static lsa_status head(lsa_gpu_session *s, int64_t m, int64_t n, float *logits, 
     const int64_t V = t->g.vocab;
     if (n > s->out_rows) {
         lsa_ctx_free(t->ctx, s->out);
+        s->use.work -= s->out_rows * V * (int64_t)sizeof *s->out;
         s->out = NULL, s->out_rows = 0;
-        NEW(s->out, n * V);
+        NEW(s->out, n * V, work);
         s->out_rows = n;
     }
     LSA_TRY(teacher_head(t, s->pos + m - n, n, err));
@@ -259,6 +317,7 @@ extern "C" lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t 
     if (n_miss) *n_miss = 0;
     LSA_TRY(check_tokens(s, token, m, err));
     if (m == 0) goto done;
+    LSA_TRY(pages_grow(s, m, err));
     LSA_TRY(lsa_ctx_upload(t->ctx, s->token, token, (size_t)m * sizeof *token, err));
     LSA_TRY(lsa_ctx_zero(t->ctx, s->all_miss, sizeof *s->all_miss, err));
     t->token = s->token, t->X = s->X, t->n = m;
@@ -270,7 +329,7 @@ extern "C" lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t 
     if (n_miss) {
         unsigned long long miss = 0;
         LSA_TRY(lsa_ctx_download(t->ctx, &miss, s->all_miss, sizeof miss, err));
-        *n_miss = (int64_t)miss;
+        *n_miss = reserve_only(s) ? -1 : (int64_t)miss;
     }
     s->pos += m;
 done:
@@ -294,8 +353,11 @@ extern "C" lsa_status lsa_gpu_session_keys(lsa_gpu_session *s, int32_t layer, in
     if (first < 0 || last < first || last > s->pos / LSA_CHUNK)
         LSA_FAIL(LSA_E_ARG, "index keys %lld to %lld of %lld", (long long)first, (long long)last,
                  (long long)(s->pos / LSA_CHUNK));
-    LSA_TRY(lsa_ctx_download(s->t->ctx, key, s->layer[layer].key + first * Di,
-                             (size_t)((last - first) * Di) * sizeof *key, err));
+    if (s->o.storage == LSA_GPU_F32)
+        LSA_TRY(lsa_ctx_download(s->t->ctx, key, s->layer[layer].key + first * Di,
+                                 (size_t)((last - first) * Di) * sizeof *key, err));
+    else
+        LSA_TRY(pages_read_keys(s, &s->layer[layer], first, last, key, err));
 done:
     return st;
 }
