@@ -21,6 +21,8 @@ int main() {
     int bad = 0;
     const judge_plan plan = {76, 41, 30, 16, 5, 20, false}; /* chunks and pages end inside calls */
     bad += judge_tiers(&ctx, dir, &plan, 4);
+    const judge_plan tail = {56, 25, 14, 16, 3, 0, false}; /* nothing is resident for being new */
+    bad += judge_tiers(&ctx, dir, &tail, 8);
     bad += lsa_remove_tree(dir, &err) != LSA_OK;
     printf("%s\n", bad ? "FAILED" : "ok");
     return bad != 0;

@@ -1,8 +1,9 @@
 /* The GPU session against the CPU's on the mini teacher: prefill, windows of 64 under resident sets, single
- * tokens; with cache simulations too. Skipped without a GPU. */
+ * tokens; with cache simulations too. Tiers against encoded rows all on the GPU, bit for bit. Skipped without
+ * a GPU. */
 #include <stdio.h>
 
-#include "tests/testkit/judge_session.h"
+#include "tests/testkit/judge_tiers.h"
 
 int main(void) {
     lsa_ctx *ctx = NULL;
@@ -15,6 +16,9 @@ int main(void) {
                      sim = {1500, 1000, 333, 64, 10, 256, true};
     int bad = judge_session(ctx, "recipes/mini/teacher", &plain);
     bad += judge_session(ctx, "recipes/mini/teacher", &sim);
+    const judge_plan tail = {1500, 1000, 512, 64, 10, 0, false};
+    bad += judge_tiers(ctx, "recipes/mini/teacher", &plain, 64);
+    bad += judge_tiers(ctx, "recipes/mini/teacher", &tail, 64);
     lsa_ctx_destroy(ctx);
     printf("%s\n", bad ? "FAILED" : "ok");
     return bad != 0;
