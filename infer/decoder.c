@@ -36,7 +36,7 @@ lsa_status lsa_gpu_model_create(lsa_gpu_model **out, lsa_ctx *ctx, const lsa_eng
     g->e = e;
     LSA_TRY(lsa_gpu_teacher_create(&g->teacher, ctx, &geom, &tables, 0, chunk, err));
     for (int32_t l = 0; l < e->c.n_layer; l++) {
-        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(e, l);
+        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(&e->layer[l], e->c.ratio[l]);
         LSA_TRY(lsa_gpu_layer_put(&g->layer[l], g->teacher, &w, err));
     }
     *out = g;
@@ -110,9 +110,25 @@ int64_t lsa_decoder_position(const lsa_decoder *d) {
     return d->cpu ? lsa_session_position(d->cpu) : lsa_gpu_session_position(d->gpu);
 }
 
-static void on_rows(void *user, int32_t layer, const lsa_gpu_csa_rows *rows) {
+static void on_rows(void *user, const lsa_gpu_session_rows *a) {
     const lsa_decoder *d = user;
-    lsa_gpu_tap_rows(&d->e->c, layer, d->taps, rows);
+    const lsa_teacher_config *c = &d->e->c;
+#pragma omp parallel for schedule(dynamic, 64)
+    for (int64_t i = 0; i < a->m; i++) {
+        const lsa_tap_csa t = {.ord = {c->csa_ord[a->layer]},
+                               .layer = {a->layer},
+                               .position = a->first + i,
+                               .n_visible = lsa_visible(a->first + i),
+                               .hidden = a->hidden + i * c->hidden,
+                               .n_sel = a->n_sel[i],
+                               .sel = a->sel + i * a->top_k,
+                               .sel_logit = a->logit + i * a->top_k,
+                               .mass = a->mass + i * a->top_k,
+                               .window_mass = a->window_mass[i],
+                               .sink_mass = a->sink_mass[i],
+                               .n_miss = a->n_miss ? a->n_miss[i] : 0};
+        d->taps->csa(d->taps->user, &t);
+    }
 }
 
 /* On the CPU misses come token by token, from worker threads. */

@@ -45,9 +45,8 @@ lsa_gpu_teacher_geom lsa_gpu_geom_of(const lsa_engine *e) {
                                   .sim_fp4_index = e->opts.sim_fp4_index};
 }
 
-lsa_gpu_layer_weights lsa_gpu_weights_of(const lsa_engine *e, int32_t l) {
-    const layer_weights *w = &e->layer[l];
-    return (lsa_gpu_layer_weights){.ratio = e->c.ratio[l],
+lsa_gpu_layer_weights lsa_gpu_weights_of(const layer_weights *w, int32_t ratio) {
+    return (lsa_gpu_layer_weights){.ratio = ratio,
                                    .roles = w->comp.roles,
                                    .nx = w->nx,
                                    .at_kv = w->at_kv,
@@ -95,7 +94,7 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
     LSA_TRY(lsa_gpu_teacher_create(&x->teacher, ctx, &g, &tables, max_tokens,
                                    chunk ? chunk : LSA_GPU_RUN_CHUNK, err));
     for (int32_t l = 0; l < e->c.n_layer; l++) {
-        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(e, l);
+        const lsa_gpu_layer_weights w = lsa_gpu_weights_of(&e->layer[l], e->c.ratio[l]);
         LSA_TRY(lsa_gpu_layer_put(&x->layer[l], x->teacher, &w, err));
     }
     for (int32_t o = 0; o < e->c.n_csa; o++)
@@ -115,12 +114,13 @@ void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     lsa_free(x);
 }
 
-void lsa_gpu_tap_rows(const lsa_teacher_config *c, int32_t layer, const lsa_taps *taps,
-                      const lsa_gpu_csa_rows *a) {
+static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
+    const lsa_gpu_run *x = user;
+    const lsa_teacher_config *c = &x->e->c;
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t i = 0; i < a->m; i++) {
-        lsa_tap_csa t = {.ord = {c->csa_ord[layer]},
-                         .layer = {layer},
+        lsa_tap_csa t = {.ord = {c->csa_ord[x->in_work]},
+                         .layer = {x->in_work},
                          .position = a->first + i,
                          .n_visible = lsa_visible(a->first + i),
                          .hidden = a->hidden + i * c->hidden,
@@ -129,21 +129,15 @@ void lsa_gpu_tap_rows(const lsa_teacher_config *c, int32_t layer, const lsa_taps
                          .sel_logit = a->logit + i * a->top_k,
                          .mass = a->mass + i * a->top_k,
                          .window_mass = a->window_mass[i],
-                         .sink_mass = a->sink_mass[i],
-                         .n_miss = a->n_miss ? a->n_miss[i] : 0};
+                         .sink_mass = a->sink_mass[i]};
         for (int32_t k = 0; k < a->n_probe; k++)
             if (a->probe[k].position == t.position)
                 t.logit = a->probe[k].logit, t.iq = a->probe[k].iq, t.iw = a->probe[k].iw;
         if (a->dense && (t.position + 1) % a->dense_every == 0)
             t.dense_mass =
                 a->dense + ((t.position + 1) / a->dense_every - a->first / a->dense_every - 1) * a->dense_ld;
-        taps->csa(taps->user, &t);
+        x->taps->csa(x->taps->user, &t);
     }
-}
-
-static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
-    const lsa_gpu_run *x = user;
-    lsa_gpu_tap_rows(&x->e->c, x->in_work, x->taps, a);
 }
 
 lsa_status lsa_gpu_run_document(lsa_gpu_run *x, const int32_t *token, int64_t n, const int64_t *probe,

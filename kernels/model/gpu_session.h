@@ -19,9 +19,9 @@ typedef struct lsa_gpu_session lsa_gpu_session;
  * E4M3 codes and an f32 scale (13.2). The codes hold exactly what sim_fp8_kv makes of a row; its rotary
  * channels are rounded to bf16 besides. */
 typedef enum lsa_gpu_storage {
-    LSA_GPU_F32 = 0, /* f32 on the GPU, as computed */
-    LSA_GPU_SERVER,  /* encoded, all on the GPU */
-    LSA_GPU_TIERED   /* encoded, all in pinned host memory; the GPU holds a reserve of pages */
+    LSA_GPU_ROWS_F32 = 0, /* f32 on the GPU, as computed */
+    LSA_GPU_ROWS_SERVER,  /* encoded, all on the GPU */
+    LSA_GPU_ROWS_TIERED   /* encoded, all in pinned host memory; the GPU holds a reserve of pages */
 } lsa_gpu_storage;
 
 /* Room for max_tokens tokens. attend_all (F32 only): CSA layers attend to every visible chunk instead of the
@@ -74,11 +74,23 @@ typedef struct lsa_gpu_session_use {
 } lsa_gpu_session_use;
 void lsa_gpu_session_count(const lsa_gpu_session *s, lsa_gpu_session_use *out);
 
-/* As lsa_gpu_csa_tap, with the layer's place in `layer`; not called with attend_all. */
-typedef void lsa_gpu_session_tap(void *user, int32_t layer, const lsa_gpu_csa_rows *rows);
+/* What a CSA layer (by its place) did for tokens [first, first + m): host arrays of the session, valid during
+ * the call. Rows of sel, logit and mass are top-k long, n_sel [m] entries of them count, ascending by chunk.
+ */
+typedef struct lsa_gpu_session_rows {
+    int32_t layer;
+    int64_t first, m, top_k;
+    const int32_t *sel, *n_sel;
+    const int32_t *n_miss;     /* [m] native choices that were not resident; NULL: unknown */
+    const float *logit, *mass; /* native logits of the selected entries; attention mass, mean of heads */
+    const float *window_mass, *sink_mass; /* [m] */
+    const float *hidden;                  /* [m, d] attention input after its norm */
+} lsa_gpu_session_rows;
+/* Once a CSA layer and call; not with attend_all. */
+typedef void lsa_gpu_session_tap(void *user, const lsa_gpu_session_rows *rows);
 
 /* Processes token [m] (host, ids inside the vocabulary) after what came before. logits: host [m, vocab], or
- * NULL; last_only: host [1, vocab], of the last token. tap, NULL allowed: once a CSA layer. n_miss, NULL
+ * NULL; last_only: host [1, vocab], of the last token. tap, NULL allowed. n_miss, NULL
  * allowed: native choices that were not resident, over tokens and CSA layers; -1 if unknown. */
 LSA_NODISCARD lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t *token, int64_t m,
                                                  float *logits, bool last_only, lsa_gpu_session_tap *tap,

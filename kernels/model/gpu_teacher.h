@@ -76,7 +76,6 @@ typedef struct lsa_gpu_probe {
 typedef struct lsa_gpu_csa_rows {
     int64_t first, m, top_k;
     const int32_t *sel, *n_sel;
-    const int32_t *n_miss; /* [m] native choices that were not resident (sessions); NULL: no resident set */
     const float *logit, *mass; /* native logits of the selected entries; attention mass, mean of heads */
     const float *window_mass, *sink_mass; /* [m] */
     const float *hidden;                  /* [m, d] attention input after its norm */

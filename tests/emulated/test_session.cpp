@@ -16,7 +16,8 @@ int main() {
                    "emulated"}; /* memory by the cpu column's calls */
     char dir[] = "/tmp/lsa-emulated.XXXXXX";
     lsa_err err = {};
-    const lsa_golden net = lsa_golden_default();
+    lsa_golden net = lsa_golden_default();
+    net.head_dim = net.index_dim = 64; /* powers of two, as kernels may ask for */
     if (!mkdtemp(dir) || lsa_golden_write(dir, &net, LSA_STORE_F32, &err) != LSA_OK) return 1;
     int bad = 0;
     /* windows and histories of HCA layers wrap several times */

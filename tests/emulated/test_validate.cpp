@@ -17,6 +17,7 @@ int main() {
     char dir[] = "/tmp/lsa-emulated.XXXXXX";
     lsa_err err = {};
     lsa_golden net = lsa_golden_default();
+    net.head_dim = 64;
     net.index_dim = 128; /* what memory indexers read */
     net.index_head = 4;
     if (!mkdtemp(dir) || lsa_golden_write(dir, &net, LSA_STORE_F32, &err) != LSA_OK) return 1;

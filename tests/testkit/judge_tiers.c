@@ -181,8 +181,8 @@ int judge_tiers(lsa_ctx *ctx, const char *dir, const judge_plan *p, int32_t page
     const how none = {"no set", 0, false, false, false}, every = {"everything", 1, false, false, false},
               some = {"some", share, false, false, false}, tight = {"some", share, false, true, true},
               ahead = {"some", share, true, false, false};
-    lsa_gpu_session_opts server = {.max_tokens = p->n, .storage = LSA_GPU_SERVER},
-                         tiers = {.max_tokens = p->n, .storage = LSA_GPU_TIERED, .page = 1};
+    lsa_gpu_session_opts server = {.max_tokens = p->n, .storage = LSA_GPU_ROWS_SERVER},
+                         tiers = {.max_tokens = p->n, .storage = LSA_GPU_ROWS_TIERED, .page = 1};
     lsa_rng rng = lsa_rng_make(19, 7);
     LSA_TRY(lsa_engine_open(&e, dir, &eo, err));
     x.e = e;

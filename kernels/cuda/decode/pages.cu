@@ -24,7 +24,7 @@ static lsa_status layer_pages(lsa_gpu_session *s, decode_layer *y, lsa_err *err)
     lsa_status st = LSA_OK;
     const page_store *const g = &s->store;
     const int64_t chunks = s->max_chunk + 1, held = s->o.reserve * s->o.page;
-    if (s->o.storage == LSA_GPU_SERVER) {
+    if (s->o.storage == LSA_GPU_ROWS_SERVER) {
         NEW(y->rows, chunks * g->row_bytes, rows);
         NEW(y->keys, chunks * g->key_bytes, keys);
         goto done;
@@ -65,7 +65,7 @@ lsa_status pages_make(lsa_gpu_session *s, lsa_err *err) {
     page_store *const g = &s->store;
     const lsa_gpu_teacher_geom *q = &s->t->g;
     const int64_t m = s->t->chunk;
-    if (s->o.storage == LSA_GPU_F32) return LSA_OK;
+    if (s->o.storage == LSA_GPU_ROWS_F32) return LSA_OK;
     if (s->o.attend_all)
         LSA_RET_FAIL(LSA_E_UNSUPPORTED, "attention to every chunk reads rows in f32: use that storage");
     if ((q->head_dim - q->rope_dim) % 4 || q->rope_dim % 2 || q->index_head_dim % 4)
@@ -73,12 +73,12 @@ lsa_status pages_make(lsa_gpu_session *s, lsa_err *err) {
             LSA_E_CONFIG,
             "encoded rows need plain and index channels in fours, rotary ones in twos: found %d, %d, %d",
             q->head_dim - q->rope_dim, q->index_head_dim, q->rope_dim);
-    if (s->o.storage == LSA_GPU_TIERED && (s->o.reserve < 1 || s->o.page < 1))
+    if (s->o.storage == LSA_GPU_ROWS_TIERED && (s->o.reserve < 1 || s->o.page < 1))
         LSA_RET_FAIL(LSA_E_ARG, "a reserve of %lld pages of %d chunks: both must be at least 1",
                      (long long)s->o.reserve, s->o.page);
     g->row_bytes = encoded_row_bytes(q->head_dim, q->rope_dim);
     g->key_bytes = q->index_head_dim + 4;
-    if (s->o.storage == LSA_GPU_TIERED) LSA_TRY(make_tiers(s, err));
+    if (s->o.storage == LSA_GPU_ROWS_TIERED) LSA_TRY(make_tiers(s, err));
     for (int32_t l = 0; l < s->n_layer; l++)
         if (s->layer[l].csa >= 0) LSA_TRY(layer_pages(s, &s->layer[l], err));
     NEW(g->fresh_row, (m / LSA_CHUNK + 2) * q->head_dim, work);
@@ -112,7 +112,7 @@ void pages_free(lsa_gpu_session *s) {
 
 void pages_reset(lsa_gpu_session *s) {
     page_store *const g = &s->store;
-    if (s->o.storage != LSA_GPU_TIERED) return;
+    if (s->o.storage != LSA_GPU_ROWS_TIERED) return;
     if (g->copies) cudaStreamSynchronize(g->copies);
     for (int64_t i = 0; i < g->n_page; i++) g->slot_of[i] = g->shown[i] = -1;
     for (int64_t i = 0; i < s->o.reserve; i++) g->free_slot[i] = (int32_t)(s->o.reserve - 1 - i);
@@ -190,7 +190,7 @@ static int64_t place(lsa_gpu_session *s, int64_t limit) {
 
 extern "C" lsa_status lsa_gpu_session_prefetch(lsa_gpu_session *s, const uint8_t *resident, int64_t n_masked,
                                                lsa_err *err) {
-    if (s->o.storage != LSA_GPU_TIERED) return LSA_OK;
+    if (s->o.storage != LSA_GPU_ROWS_TIERED) return LSA_OK;
     if (n_masked < 0 || n_masked > s->pos / LSA_CHUNK)
         LSA_RET_FAIL(LSA_E_ARG, "prefetch of a set of %lld chunks; %lld are formed", (long long)n_masked,
                      (long long)(s->pos / LSA_CHUNK));
@@ -316,7 +316,7 @@ static __global__ void __launch_bounds__(THREADS) store_k(const __grid_constant_
 lsa_status pages_store(lsa_gpu_session *s, const decode_layer *y, int64_t first, int64_t last, lsa_err *err) {
     const page_store *const g = &s->store;
     const lsa_gpu_teacher_geom *q = &s->t->g;
-    const bool tiers = s->o.storage == LSA_GPU_TIERED;
+    const bool tiers = s->o.storage == LSA_GPU_ROWS_TIERED;
     if (last <= first) return LSA_OK;
     const store_args a = {g->fresh_row,
                           g->fresh_key,
@@ -355,7 +355,7 @@ static __global__ void __launch_bounds__(THREADS) gather_k(const __grid_constant
 lsa_status pages_gather(lsa_gpu_session *s, const decode_layer *y, int64_t m, lsa_err *err) {
     const page_store *const g = &s->store;
     const lsa_gpu_teacher *const t = s->t;
-    const bool host = s->o.storage == LSA_GPU_TIERED && !s->masked;
+    const bool host = s->o.storage == LSA_GPU_ROWS_TIERED && !s->masked;
     const gather_args a = {
         {host ? y->host_rows : y->rows, reserve_only(s) ? g->table : NULL, s->o.page, g->row_bytes},
         t->sel,
@@ -375,7 +375,7 @@ lsa_status pages_keys(lsa_gpu_session *s, const decode_layer *y, int64_t visible
     page_store *const g = &s->store;
     *out = {y->all_keys ? y->all_keys : y->keys, y->keys && reserve_only(s) ? g->table : NULL, s->o.page,
             g->key_bytes};
-    if (s->o.storage != LSA_GPU_TIERED || s->masked || y->all_keys) goto done;
+    if (s->o.storage != LSA_GPU_ROWS_TIERED || s->masked || y->all_keys) goto done;
     if (!g->stage) NEW(g->stage, (s->max_chunk + 1) * g->key_bytes, work); /* prefill: every key is scored */
     LSA_CUDA(cudaMemcpyAsync(g->stage, y->host_keys, (size_t)(visible * g->key_bytes), cudaMemcpyHostToDevice,
                              s->t->cs->stream));

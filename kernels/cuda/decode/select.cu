@@ -189,7 +189,7 @@ lsa_status decode_select(lsa_gpu_session *s, const decode_layer *layer, int64_t 
                                (int)t->top,
                                t->sel + i * t->top,
                                t->n_sel + i,
-                               s->miss + i,
+                               s->on.miss + i,
                                t->sel_logit + i * t->top,
                                s->all_miss};
         choose_k<<<(unsigned)rows, THREADS, 0, t->cs->stream>>>(b);

@@ -49,13 +49,34 @@ static lsa_status layer_make(lsa_gpu_session *s, decode_layer *y, lsa_err *err) 
     LSA_TRY(rows_make(s, &y->win, g->window, D, 0, err));
     if (!w->ratio) goto done;
     LSA_TRY(rows_make(s, &y->proj, (int64_t)w->roles * w->ratio, 2 * w->roles * D, csa ? 4 * Di : 0, err));
-    if (csa && s->o.storage != LSA_GPU_F32) goto done; /* pages.cu */
+    if (csa && s->o.storage != LSA_GPU_ROWS_F32) goto done; /* pages.cu */
     if (csa) {
         NEW(y->row, (s->max_chunk + 1) * D, rows);
         NEW(y->key, (s->max_chunk + 1) * Di, keys);
     } else {
         NEW(y->row, (s->o.max_tokens / w->ratio + 1) * D, other);
     }
+done:
+    return st;
+}
+
+static lsa_status rows_of_calls(lsa_gpu_session *s, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    decode_rows *const on = &s->on, *const host = &s->host;
+    const int64_t m = s->t->chunk, rows = m * s->t->top;
+    NEW(on->sel, rows, work);
+    NEW(on->n_sel, m, work);
+    NEW(on->miss, m, work);
+    NEW(on->sel_logit, rows, work);
+    NEW(on->mass, rows, work);
+    NEW(on->part, 2 * m, work);
+    PINNED(host->sel, rows);
+    PINNED(host->n_sel, m);
+    PINNED(host->miss, m);
+    PINNED(host->sel_logit, rows);
+    PINNED(host->mass, rows);
+    PINNED(host->part, 2 * m);
+    PINNED(host->hidden, m * s->t->g.hidden);
 done:
     return st;
 }
@@ -87,10 +108,9 @@ extern "C" lsa_status lsa_gpu_session_create(lsa_gpu_session **out, lsa_gpu_teac
     s->logit_rows = s->logit_rows < 1 ? 1 : s->logit_rows > t->chunk ? t->chunk : s->logit_rows;
     if (!o->attend_all) NEW(s->logit, s->logit_rows * (s->max_chunk + 1), work);
     NEW(s->hidden, (int64_t)s->n_csa * g->hidden, work);
-    if (o->storage != LSA_GPU_TIERED) NEW(s->mask, s->max_chunk + 1, work);
-    NEW(s->miss, t->chunk, work);
+    if (o->storage != LSA_GPU_ROWS_TIERED) NEW(s->mask, s->max_chunk + 1, work);
     NEW(s->all_miss, 1, work);
-    PINNED(s->host_miss, t->chunk);
+    LSA_TRY(rows_of_calls(s, err));
     *out = s;
     s = NULL;
 done:
@@ -107,9 +127,13 @@ extern "C" void lsa_gpu_session_destroy(lsa_gpu_session *s) {
         void *const p[] = {y->win.data, y->proj.data, y->proj.second, y->row, y->key};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(s->t->ctx, p[i]);
     }
-    void *const p[] = {s->token, s->X, s->logit, s->hidden, s->out, s->mask, s->miss, s->all_miss};
+    const decode_rows *const on = &s->on, *const host = &s->host;
+    void *const p[] = {s->token, s->X,      s->logit, s->hidden,     s->out,   s->mask, s->all_miss,
+                       on->sel,  on->n_sel, on->miss, on->sel_logit, on->mass, on->part};
+    void *const pinned[] = {host->sel,  host->n_sel, host->miss,  host->sel_logit,
+                            host->mass, host->part,  host->hidden};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_ctx_free(s->t->ctx, p[i]);
-    cudaFreeHost(s->host_miss);
+    for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++) cudaFreeHost(pinned[i]);
     free(s);
 }
 
@@ -127,7 +151,7 @@ extern "C" int64_t lsa_gpu_session_position(const lsa_gpu_session *s) {
 extern "C" lsa_status lsa_gpu_session_set_resident(lsa_gpu_session *s, const uint8_t *resident,
                                                    int64_t n_masked, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const bool tiers = s->o.storage == LSA_GPU_TIERED;
+    const bool tiers = s->o.storage == LSA_GPU_ROWS_TIERED;
     if (resident && (n_masked < 0 || n_masked > s->max_chunk))
         LSA_RET_FAIL(LSA_E_ARG, "a resident set of %lld chunks; there is room for %lld", (long long)n_masked,
                      (long long)s->max_chunk);
@@ -153,23 +177,23 @@ extern "C" void lsa_gpu_session_count(const lsa_gpu_session *s, lsa_gpu_session_
 /* The layer's statistics of the call, to the host and to the tap. */
 static lsa_status tell(lsa_gpu_session *s, int32_t l, int64_t m, lsa_gpu_session_tap *tap, void *user,
                        lsa_err *err) {
-    lsa_gpu_teacher *const t = s->t;
-    const cudaStream_t stream = t->cs->stream;
-    const size_t rows = (size_t)(m * t->top);
-    LSA_CUDA(cudaMemcpyAsync(t->host_sel, t->sel, rows * 4, cudaMemcpyDeviceToHost, stream));
-    LSA_CUDA(cudaMemcpyAsync(t->host_sel_logit, t->sel_logit, rows * 4, cudaMemcpyDeviceToHost, stream));
-    LSA_CUDA(cudaMemcpyAsync(t->host_mass, t->mass, rows * 4, cudaMemcpyDeviceToHost, stream));
-    LSA_CUDA(cudaMemcpyAsync(t->host_n_sel, t->n_sel, (size_t)m * 4, cudaMemcpyDeviceToHost, stream));
-    LSA_CUDA(cudaMemcpyAsync(t->host_part, t->part, (size_t)m * 8, cudaMemcpyDeviceToHost, stream));
-    LSA_CUDA(cudaMemcpyAsync(s->host_miss, s->miss, (size_t)m * 4, cudaMemcpyDeviceToHost, stream));
+    const cudaStream_t stream = s->t->cs->stream;
+    const decode_rows *const on = &s->on, *const host = &s->host;
+    const size_t rows = (size_t)(m * s->t->top) * 4, one = (size_t)m * 4;
+    LSA_CUDA(cudaMemcpyAsync(host->sel, on->sel, rows, cudaMemcpyDeviceToHost, stream));
+    LSA_CUDA(cudaMemcpyAsync(host->sel_logit, on->sel_logit, rows, cudaMemcpyDeviceToHost, stream));
+    LSA_CUDA(cudaMemcpyAsync(host->mass, on->mass, rows, cudaMemcpyDeviceToHost, stream));
+    LSA_CUDA(cudaMemcpyAsync(host->n_sel, on->n_sel, one, cudaMemcpyDeviceToHost, stream));
+    LSA_CUDA(cudaMemcpyAsync(host->miss, on->miss, one, cudaMemcpyDeviceToHost, stream));
+    LSA_CUDA(cudaMemcpyAsync(host->part, on->part, 2 * one, cudaMemcpyDeviceToHost, stream));
     LSA_CUDA(cudaStreamSynchronize(stream));
-    lsa_gpu_csa_rows r = {};
-    r.first = s->pos, r.m = m, r.top_k = t->top;
-    r.sel = t->host_sel, r.n_sel = t->host_n_sel, r.n_miss = reserve_only(s) ? NULL : s->host_miss;
-    r.logit = t->host_sel_logit, r.mass = t->host_mass;
-    r.window_mass = t->host_part, r.sink_mass = t->host_part + m;
-    r.hidden = t->host_hidden;
-    tap(user, l, &r);
+    lsa_gpu_session_rows r = {};
+    r.layer = l, r.first = s->pos, r.m = m, r.top_k = s->t->top;
+    r.sel = host->sel, r.n_sel = host->n_sel, r.n_miss = reserve_only(s) ? NULL : host->miss;
+    r.logit = host->sel_logit, r.mass = host->mass;
+    r.window_mass = host->part, r.sink_mass = host->part + m;
+    r.hidden = host->hidden;
+    tap(user, &r);
     return LSA_OK;
 }
 
@@ -184,7 +208,7 @@ static lsa_status enter(lsa_gpu_session *s, decode_layer *y, int64_t m, lsa_err 
     t->iproj = at_position(y->proj.second, y->proj.second_width, y->proj.first);
     t->row = y->row;
     t->key = y->key;
-    if (y->csa >= 0 && s->o.storage != LSA_GPU_F32) {
+    if (y->csa >= 0 && s->o.storage != LSA_GPU_ROWS_F32) {
         t->row = at_position(s->store.fresh_row, t->g.head_dim, s->pos / LSA_CHUNK);
         t->key = at_position(s->store.fresh_key, t->g.index_head_dim, s->pos / LSA_CHUNK);
     }
@@ -201,7 +225,7 @@ static lsa_status attend(lsa_gpu_session *s, const decode_layer *y, int64_t m, l
         all.w.roles = 1; /* as a layer without an indexer: every row before the token */
         return teacher_attend(t, &all, s->pos, m, err);
     }
-    if (y->csa < 0 || s->o.storage == LSA_GPU_F32) return teacher_attend(t, y->l, s->pos, m, err);
+    if (y->csa < 0 || s->o.storage == LSA_GPU_ROWS_F32) return teacher_attend(t, y->l, s->pos, m, err);
     LSA_TRY(pages_gather(s, y, m, err));
     t->row = s->store.gathered;
     t->sel = s->store.gathered_sel;
@@ -225,11 +249,12 @@ static lsa_status through_layer(lsa_gpu_session *s, int32_t l, int64_t m, lsa_gp
         LSA_CUDA(cudaMemcpyAsync(s->hidden + y->csa * d, t->x + (m - 1) * d, (size_t)d * sizeof *t->x,
                                  cudaMemcpyDeviceToDevice, t->cs->stream));
     if (told)
-        LSA_CUDA(cudaMemcpyAsync(t->host_hidden, t->x, (size_t)(m * d) * sizeof *t->x, cudaMemcpyDeviceToHost,
+        LSA_CUDA(cudaMemcpyAsync(s->host.hidden, t->x, (size_t)(m * d) * sizeof *t->x, cudaMemcpyDeviceToHost,
                                  t->cs->stream));
     LSA_TRY(teacher_project(t, y->l, p, m, err));
     if (w->ratio) LSA_TRY(teacher_compress(t, y->l, p / w->ratio, (p + m) / w->ratio, err));
-    if (csa && s->o.storage != LSA_GPU_F32) LSA_TRY(pages_store(s, y, p / w->ratio, (p + m) / w->ratio, err));
+    if (csa && s->o.storage != LSA_GPU_ROWS_F32)
+        LSA_TRY(pages_store(s, y, p / w->ratio, (p + m) / w->ratio, err));
     if (csa && !s->o.attend_all) LSA_TRY(decode_select(s, y, p, m, err));
     LSA_TRY(attend(s, y, m, err));
     LSA_TRY(teacher_expand(t, p, m, err));
@@ -273,16 +298,18 @@ done:
 
 /* The buffers that a call lends to the teacher; it has its own back afterwards. */
 struct borrowed {
-    int32_t *token;
-    float *X, *win, *proj, *iproj, *row, *key;
+    int32_t *token, *sel, *n_sel;
+    float *X, *win, *proj, *iproj, *row, *key, *sel_logit, *mass, *part;
     int64_t n;
 };
 static borrowed swap_out(const lsa_gpu_teacher *t) {
-    return {t->token, t->X, t->win, t->proj, t->iproj, t->row, t->key, t->n};
+    return {t->token, t->sel, t->n_sel,     t->X,    t->win,  t->proj, t->iproj,
+            t->row,   t->key, t->sel_logit, t->mass, t->part, t->n};
 }
 static void swap_back(lsa_gpu_teacher *t, const borrowed *b) {
-    t->token = b->token, t->X = b->X, t->win = b->win, t->proj = b->proj, t->iproj = b->iproj;
-    t->row = b->row, t->key = b->key, t->n = b->n;
+    t->token = b->token, t->sel = b->sel, t->n_sel = b->n_sel;
+    t->X = b->X, t->win = b->win, t->proj = b->proj, t->iproj = b->iproj, t->row = b->row, t->key = b->key;
+    t->sel_logit = b->sel_logit, t->mass = b->mass, t->part = b->part, t->n = b->n;
 }
 
 extern "C" lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t *token, int64_t m,
@@ -298,6 +325,8 @@ extern "C" lsa_status lsa_gpu_session_forward(lsa_gpu_session *s, const int32_t 
     LSA_TRY(lsa_ctx_upload(t->ctx, s->token, token, (size_t)m * sizeof *token, err));
     LSA_TRY(lsa_ctx_zero(t->ctx, s->all_miss, sizeof *s->all_miss, err));
     t->token = s->token, t->X = s->X, t->n = m;
+    t->sel = s->on.sel, t->n_sel = s->on.n_sel, t->sel_logit = s->on.sel_logit;
+    t->mass = s->on.mass, t->part = s->on.part;
     LSA_TRY(teacher_embed(t, err));
     t->token = (int32_t *)((uintptr_t)s->token - (uintptr_t)s->pos * sizeof *s->token);
     t->X = at_position(s->X, t->g.hc_mult * (int64_t)t->g.hidden, s->pos);
@@ -330,7 +359,7 @@ extern "C" lsa_status lsa_gpu_session_keys(lsa_gpu_session *s, int32_t layer, in
     if (first < 0 || last < first || last > s->pos / LSA_CHUNK)
         LSA_FAIL(LSA_E_ARG, "index keys %lld to %lld of %lld", (long long)first, (long long)last,
                  (long long)(s->pos / LSA_CHUNK));
-    if (s->o.storage == LSA_GPU_F32)
+    if (s->o.storage == LSA_GPU_ROWS_F32)
         LSA_TRY(lsa_ctx_download(s->t->ctx, key, s->layer[layer].key + first * Di,
                                  (size_t)((last - first) * Di) * sizeof *key, err));
     else

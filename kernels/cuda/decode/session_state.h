@@ -70,6 +70,12 @@ struct page_store {
     cudaEvent_t computed, copied;
 };
 
+/* Of m tokens: top-k entries a token, and [m]; part [2, m] window, sink; hidden [m, d], host only. */
+struct decode_rows {
+    int32_t *sel, *n_sel, *miss;
+    float *sel_logit, *mass, *part, *hidden;
+};
+
 struct lsa_gpu_session {
     lsa_gpu_teacher *t;
     lsa_gpu_session_opts o;
@@ -86,7 +92,7 @@ struct lsa_gpu_session {
     uint8_t *mask; /* [max_chunk + 1] */
     int64_t n_masked;
     bool masked;
-    int32_t *miss, *host_miss; /* [chunk] of a layer */
+    decode_rows on, host; /* statistics of a layer: device, pinned */
     unsigned long long *all_miss;
     page_store store;
     lsa_gpu_session_use use;
@@ -125,7 +131,7 @@ lsa_status pages_read_keys(lsa_gpu_session *s, const decode_layer *y, int64_t fi
 
 /* Only resident chunks are scored. */
 static inline bool reserve_only(const lsa_gpu_session *s) {
-    return s->o.storage == LSA_GPU_TIERED && s->masked;
+    return s->o.storage == LSA_GPU_ROWS_TIERED && s->masked;
 }
 
 /* Selections of a CSA layer into the teacher's sel, n_sel, sel_logit. */

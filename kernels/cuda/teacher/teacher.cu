@@ -301,7 +301,6 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
                                        t->top,
                                        t->host_sel,
                                        t->host_n_sel,
-                                       NULL,
                                        t->host_sel_logit,
                                        t->host_mass,
                                        t->host_part,

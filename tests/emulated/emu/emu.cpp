@@ -7,6 +7,7 @@
 
 extern "C" {
 #include "kernels/backend.h"
+#include "kernels/core/clock.h"
 #include "kernels/cpu/gemm.h"
 }
 
@@ -159,6 +160,17 @@ cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t) {
     *p = malloc(n);
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
+cudaError_t cudaMemcpy2DAsync(void *to, size_t step, const void *from, size_t from_step, size_t width,
+                              size_t rows, cudaMemcpyKind, cudaStream_t) {
+    for (size_t i = 0; i < rows; i++)
+        memcpy((char *)to + i * step, (const char *)from + i * from_step, width);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *to, int v, size_t n, cudaStream_t) {
+    memset(to, v, n);
+    return cudaSuccess;
+}
+/* A stream is done with everything at once; an event is the time when it was recorded. */
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     *s = NULL;
     return cudaSuccess;
@@ -166,17 +178,33 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
 cudaError_t cudaStreamDestroy(cudaStream_t) {
     return cudaSuccess;
 }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
-    *e = NULL;
-    return cudaSuccess;
-}
-cudaError_t cudaEventDestroy(cudaEvent_t) {
-    return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
-    return cudaSuccess;
-}
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    *e = (cudaEvent_t)calloc(1, sizeof(double));
+    return *e ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaEventCreate(cudaEvent_t *e) {
+    return cudaEventCreateWithFlags(e, 0);
+}
+cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    free(e);
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
+    *(double *)e = lsa_now_s();
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
+    *ms = (float)(1e3 * (*(double *)b - *(double *)a));
+    return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
+    *left = *all = (size_t)1 << 40;
     return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void *p) {
