@@ -11,6 +11,7 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "kernels/model/gpu_session.h"
 
 enum { CALL = 1024 }; /* tokens a forward call on the CPU: 16 blocks of the engine */
 
@@ -99,6 +100,16 @@ static void keep_logits(lsa_full_run *f, lsa_result *r, const float *logits, int
     r->n_kl += f->logp ? m : 0;
 }
 
+void lsa_count_memory(lsa_result *r, lsa_decoder *d) {
+    lsa_gpu_session_use u;
+    if (!lsa_decoder_gpu(d)) return;
+    lsa_gpu_session_count(lsa_decoder_gpu(d), &u);
+    r->rows_bytes = lsa_max_i64(r->rows_bytes, u.rows);
+    r->keys_bytes = lsa_max_i64(r->keys_bytes, u.keys + u.keys_level1);
+    r->host_bytes = lsa_max_i64(r->host_bytes, u.host);
+    r->swapped_bytes += u.swapped;
+}
+
 /* ---- the run ---- */
 
 static lsa_status make_room(lsa_full_run *f, bool logits, lsa_err *err) {
@@ -138,7 +149,8 @@ static lsa_status count_windows(lsa_result *r, const lsa_full_run *f, int64_t ta
 }
 
 lsa_status lsa_full_run_make(lsa_full_run *f, lsa_result *r, const lsa_engine *e, lsa_gpu_model *gpu,
-                             const lsa_doc *doc, int64_t tau, int64_t tail, bool want_logits, lsa_err *err) {
+                             bool encoded, const lsa_doc *doc, int64_t tau, int64_t tail, bool want_logits,
+                             lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t n = doc->n_token, call = gpu ? tau : CALL;
     lsa_decoder *decoder = NULL;
@@ -147,7 +159,12 @@ lsa_status lsa_full_run_make(lsa_full_run *f, lsa_result *r, const lsa_engine *e
     *r = (lsa_result){.policy = LSA_POLICY_FULL, .budget = -1, .has_needs = doc->has_needs};
     LSA_TRY(make_room(f, want_logits, err));
     LSA_TRY(LSA_NEW(logits, call * f->c->vocab, err));
-    LSA_TRY(lsa_decoder_open(&decoder, e, gpu, &(lsa_session_opts){.max_tokens = n, .chunk = call}, err));
+    if (gpu && encoded) {
+        const lsa_gpu_session_opts o = {.max_tokens = n, .storage = LSA_GPU_ROWS_SERVER};
+        LSA_TRY(lsa_decoder_open_gpu(&decoder, e, gpu, &o, err));
+    } else {
+        LSA_TRY(lsa_decoder_open(&decoder, e, gpu, &(lsa_session_opts){.max_tokens = n, .chunk = call}, err));
+    }
     const lsa_taps taps = {.user = f, .csa = on_csa};
     for (int64_t s = 0; s < n; s += call) {
         const int64_t m = lsa_min_i64(call, n - s);
@@ -155,6 +172,7 @@ lsa_status lsa_full_run_make(lsa_full_run *f, lsa_result *r, const lsa_engine *e
         LSA_TRY(lsa_decoder_forward(decoder, doc->token + s, m, logits, &taps, NULL, err));
         keep_logits(f, r, logits, s, m);
     }
+    lsa_count_memory(r, decoder);
     LSA_TRY(count_windows(r, f, tau, tail, err));
 done:
     lsa_free(logits);

@@ -169,7 +169,8 @@ static lsa_status run_windows(job *j, shared *sh, lsa_decoder *decoder, lsa_reca
         LSA_TRY(lsa_decoder_set_resident(decoder, ev > 0 ? w->kept : NULL, ev, err));
         LSA_TRY(lsa_decoder_forward(decoder, f->doc->token + s, n, w->logits, NULL, evicts ? &misses : NULL,
                                     err));
-        j->r.misses += misses;
+        j->r.misses += lsa_max_i64(0, misses);
+        j->r.misses_unknown = j->r.misses_unknown || misses < 0;
         lsa_count_logits(&j->r, f, w->logits, s, n);
         j->r.windows++;
         report_tokens(sh, n);
@@ -178,18 +179,45 @@ done:
     return st;
 }
 
+/* Pages that the last window, which wants most, touches: kept chunks, and a run of newer ones. */
+static int64_t reserve_of(const job *j, const lsa_validate_opts *o, int64_t n_token) {
+    const int64_t ev = lsa_evictable((n_token - 1) / o->tau * o->tau, o->tail),
+                  kept = j->r.budget >= 0 ? lsa_budget_chunks(j->r.budget, ev)
+                         : o->top_k > 0   ? lsa_min_i64(o->top_k, ev)
+                                          : ev,
+                  newer = o->tail / LSA_CHUNK + o->tau / LSA_CHUNK + 2;
+    return lsa_min_i64(kept + o->sink + newer / o->page + 2, n_token / LSA_CHUNK / o->page + 1);
+}
+
+static lsa_status open_decoder(lsa_decoder **out, const job *j, const shared *sh, lsa_err *err) {
+    const lsa_validate_opts *o = sh->o;
+    const int64_t n_token = j->f->doc->n_token;
+    const bool all = j->r.policy == LSA_POLICY_DENSE;
+    if (!sh->gpu || all || o->storage == LSA_GPU_ROWS_F32)
+        return lsa_decoder_open(
+            out, sh->e, sh->gpu,
+            &(lsa_session_opts){.max_tokens = n_token, .chunk = o->tau, .attend_all = all}, err);
+    lsa_gpu_session_opts g = {.max_tokens = n_token, .storage = o->storage};
+    if (o->storage == LSA_GPU_ROWS_TIERED) {
+        g.page = o->page;
+        g.reserve = reserve_of(j, o, n_token);
+    }
+    for (int32_t l = 0; j->indexer && l < j->indexer->geom.n_layer; l++)
+        g.keys_on_gpu[j->indexer->geom.ord[l].v] = true;
+    return lsa_decoder_open_gpu(out, sh->e, sh->gpu, &g, err);
+}
+
 static lsa_status run_job(job *j, shared *sh, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_decoder *decoder = NULL;
     lsa_recall *recall = NULL;
     scratch w = {0};
     const int64_t n_token = j->f->doc->n_token, chunks = n_token / LSA_CHUNK + 1;
-    const lsa_session_opts so = {
-        .max_tokens = n_token, .chunk = sh->o->tau, .attend_all = j->r.policy == LSA_POLICY_DENSE};
-    LSA_TRY(lsa_decoder_open(&decoder, sh->e, sh->gpu, &so, err));
+    LSA_TRY(open_decoder(&decoder, j, sh, err));
     if (j->indexer) LSA_TRY(lsa_recall_create(&recall, j->indexer, sh->e, chunks, err));
     LSA_TRY(scratch_make(&w, chunks, lsa_min_i64(sh->o->tau, n_token) * j->f->c->vocab, err));
     LSA_TRY(run_windows(j, sh, decoder, recall, &w, err));
+    lsa_count_memory(&j->r, decoder);
 done:
     scratch_free(&w);
     lsa_recall_destroy(recall);
@@ -211,6 +239,11 @@ static void add(lsa_result *a, const lsa_result *b) {
     a->kept += b->kept, a->evictable += b->evictable, a->kl += b->kl, a->captured += b->captured,
         a->total_mass += b->total_mass;
     a->gpu_bytes += b->gpu_bytes, a->level1_bytes += b->level1_bytes;
+    a->rows_bytes = lsa_max_i64(a->rows_bytes, b->rows_bytes);
+    a->keys_bytes = lsa_max_i64(a->keys_bytes, b->keys_bytes);
+    a->host_bytes = lsa_max_i64(a->host_bytes, b->host_bytes);
+    a->swapped_bytes += b->swapped_bytes;
+    a->misses_unknown = a->misses_unknown || b->misses_unknown;
     a->has_needs = a->has_needs || b->has_needs;
 }
 
@@ -255,8 +288,8 @@ static lsa_status full_runs(group *g, shared *sh, const lsa_docs *docs, int64_t 
     for (int64_t d = 0; d < g->n; d++) {
         const lsa_doc *doc = lsa_docs_at(docs, at + d);
         const bool logits = doc->n_token * V * (int64_t)sizeof(float) <= o->logits_mib << 20;
-        g->st[d] = lsa_full_run_make(&g->f[d], &g->full[d], sh->e, sh->gpu, doc, o->tau, o->tail, logits,
-                                     &g->err[d]);
+        g->st[d] = lsa_full_run_make(&g->f[d], &g->full[d], sh->e, sh->gpu, o->storage != LSA_GPU_ROWS_F32,
+                                     doc, o->tau, o->tail, logits, &g->err[d]);
         report_tokens(sh, doc->n_token);
     }
     for (int64_t d = 0; d < g->n; d++)

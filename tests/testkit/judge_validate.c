@@ -73,13 +73,32 @@ static int compare(const lsa_validation *a, const lsa_validation *b) {
     return bad;
 }
 
+/* Rows and keys in host memory give what the same bytes on the GPU give, in less of its memory. */
+static int compare_tiers(const lsa_validation *a, const lsa_validation *b) {
+    int bad = a->n != b->n || a->n == 0;
+    for (int i = 0; i < a->n && !bad; i++) {
+        const lsa_result *x = &a->row[i], *y = &b->row[i];
+        const char *name = lsa_policy_name(x->policy);
+        bad += apart("nll, tiered", name, x->nll[0], y->nll[0], 0);
+        bad += apart("kl, tiered", name, x->kl, y->kl, 0);
+        bad += apart("kept, tiered", name, (double)x->kept, (double)y->kept, 0);
+        if (!lsa_policy_evicts(x->policy)) continue;
+        if (x->budget == 1) bad += apart("nll of full, tiered", name, y->nll[0], b->full.nll[0], 0);
+        if (x->budget < 1) bad += y->rows_bytes >= x->rows_bytes || y->swapped_bytes == 0;
+        bad += !y->misses_unknown || x->misses_unknown || y->host_bytes <= x->host_bytes;
+        printf("%s %g: %lld bytes of rows on the GPU, all are %lld; %lld swapped\n", name, x->budget,
+               (long long)y->rows_bytes, (long long)x->rows_bytes, (long long)y->swapped_bytes);
+    }
+    return bad;
+}
+
 int judge_validate(lsa_ctx *ctx, const char *dir, int64_t n, int64_t tau, int64_t tail) {
     lsa_status st = LSA_OK;
     lsa_err why = {0}, *const err = &why;
     lsa_engine *e = NULL;
     lsa_docs *docs = NULL;
     lsa_indexer_file f = {0};
-    lsa_validation cpu = {0}, gpu = {0};
+    lsa_validation cpu = {0}, gpu = {0}, server = {0}, tiered = {0};
     lsa_validate_opts o = {.budget = {0.25, 1},
                            .n_budget = 2,
                            .tau = tau,
@@ -100,10 +119,19 @@ int judge_validate(lsa_ctx *ctx, const char *dir, int64_t n, int64_t tau, int64_
     o.gpu = ctx;
     LSA_TRY(lsa_validate(&gpu, e, docs, &f, &o, err));
     bad = compare(&cpu, &gpu);
+    for (int p = 0; p < LSA_N_POLICY; p++) o.policy[p] = p == LSA_POLICY_LSA || p == LSA_POLICY_RANDOM;
+    o.storage = LSA_GPU_ROWS_SERVER;
+    LSA_TRY(lsa_validate(&server, e, docs, &f, &o, err));
+    o.storage = LSA_GPU_ROWS_TIERED;
+    o.page = 1;
+    LSA_TRY(lsa_validate(&tiered, e, docs, &f, &o, err));
+    bad += compare_tiers(&server, &tiered);
 done:
     if (st != LSA_OK) printf("%s\n", why.msg);
     lsa_validation_fini(&cpu);
     lsa_validation_fini(&gpu);
+    lsa_validation_fini(&server);
+    lsa_validation_fini(&tiered);
     lsa_indexer_file_fini(&f);
     lsa_docs_close(docs);
     lsa_engine_close(e);
