@@ -30,6 +30,7 @@ static const std::function<void()> *work;
 int current;
 uint3 thread_index[THREADS], block_index;
 char *dynamic;
+int64_t pinned;
 uint64_t warp_value[32][32];
 
 static void broken(const char *what, int thread) {
@@ -154,6 +155,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind
 }
 cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
     *p = malloc(n);
+    emu::pinned += *p != NULL;
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t) {
@@ -208,6 +210,7 @@ cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void *p) {
+    emu::pinned -= p != NULL;
     free(p);
     return cudaSuccess;
 }
