@@ -1,5 +1,5 @@
 /* The GPU session against the CPU's on the mini teacher: prefill, windows of 64 under resident sets, single
- * tokens; with cache simulations too. A soak of 1,000 steps over 32 requests. Tiers against encoded rows all
+ * tokens; with cache simulations too. A soak of 6,000 steps over 32 requests. Tiers against encoded rows all
  * on the GPU, bit for bit. Skipped without a GPU. */
 #include <stdio.h>
 
@@ -20,7 +20,7 @@ int main(void) {
     const judge_plan tail = {1500, 1000, 512, 64, 10, 0, false};
     bad += judge_tiers(ctx, "recipes/mini/teacher", &plain, 64);
     bad += judge_tiers(ctx, "recipes/mini/teacher", &tail, 64);
-    bad += judge_soak(ctx, "recipes/mini/teacher", 1000, 32, 8);
+    bad += judge_soak(ctx, "recipes/mini/teacher", 6000, 32, 8);
     lsa_ctx_destroy(ctx);
     printf("%s\n", bad ? "FAILED" : "ok");
     return bad != 0;
