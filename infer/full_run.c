@@ -11,8 +11,9 @@
 #include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
+#include "kernels/model/gpu_session.h"
 
-enum { CALL = 1024 }; /* tokens a forward call: 16 blocks of the engine */
+enum { CALL = 1024 }; /* tokens a forward call on the CPU: 16 blocks of the engine */
 
 void lsa_full_run_fini(lsa_full_run *f) {
     void *p[] = {f->part, f->sel, f->mass, f->n_sel, f->logp, f->top1};
@@ -87,7 +88,7 @@ void lsa_count_logits(lsa_result *r, const lsa_full_run *f, const float *logits,
 static void keep_logits(lsa_full_run *f, lsa_result *r, const float *logits, int64_t s, int64_t n) {
     const int64_t V = f->c->vocab,
                   m = lsa_min_i64(n, f->doc->n_token - 1 - s); /* the last token predicts nothing */
-    double lse[CALL];
+    double lse[LSA_MAX_TAU];
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < m; t++) {
         const float *l = logits + t * V;
@@ -97,6 +98,16 @@ static void keep_logits(lsa_full_run *f, lsa_result *r, const float *logits, int
     }
     for (int64_t t = 0; t < m; t++) count_token(r, f, logits + t * V, s + t, f->top1[s + t], lse[t], false);
     r->n_kl += f->logp ? m : 0;
+}
+
+void lsa_count_memory(lsa_result *r, lsa_decoder *d) {
+    lsa_gpu_session_use u;
+    if (!lsa_decoder_gpu(d)) return;
+    lsa_gpu_session_count(lsa_decoder_gpu(d), &u);
+    r->rows_bytes = lsa_max_i64(r->rows_bytes, u.rows);
+    r->keys_bytes = lsa_max_i64(r->keys_bytes, u.keys + u.keys_level1);
+    r->host_bytes = lsa_max_i64(r->host_bytes, u.host);
+    r->swapped_bytes += u.swapped;
 }
 
 /* ---- the run ---- */
@@ -137,27 +148,34 @@ static lsa_status count_windows(lsa_result *r, const lsa_full_run *f, int64_t ta
     return LSA_OK;
 }
 
-lsa_status lsa_full_run_make(lsa_full_run *f, lsa_result *r, const lsa_engine *e, const lsa_doc *doc,
-                             int64_t tau, int64_t tail, bool want_logits, lsa_err *err) {
+lsa_status lsa_full_run_make(lsa_full_run *f, lsa_result *r, const lsa_engine *e, lsa_gpu_model *gpu,
+                             bool encoded, const lsa_doc *doc, int64_t tau, int64_t tail, bool want_logits,
+                             lsa_err *err) {
     lsa_status st = LSA_OK;
-    const int64_t n = doc->n_token;
-    lsa_session *session = NULL;
+    const int64_t n = doc->n_token, call = gpu ? tau : CALL;
+    lsa_decoder *decoder = NULL;
     float *logits = NULL;
     *f = (lsa_full_run){.doc = doc, .c = lsa_engine_config(e)};
     *r = (lsa_result){.policy = LSA_POLICY_FULL, .budget = -1, .has_needs = doc->has_needs};
     LSA_TRY(make_room(f, want_logits, err));
-    LSA_TRY(LSA_NEW(logits, CALL * f->c->vocab, err));
-    LSA_TRY(lsa_session_create(&session, e, &(lsa_session_opts){.max_tokens = n, .chunk = CALL}, err));
+    LSA_TRY(LSA_NEW(logits, call * f->c->vocab, err));
+    if (gpu && encoded) {
+        const lsa_gpu_session_opts o = {.max_tokens = n, .storage = LSA_GPU_ROWS_SERVER};
+        LSA_TRY(lsa_decoder_open_gpu(&decoder, e, gpu, &o, err));
+    } else {
+        LSA_TRY(lsa_decoder_open(&decoder, e, gpu, &(lsa_session_opts){.max_tokens = n, .chunk = call}, err));
+    }
     const lsa_taps taps = {.user = f, .csa = on_csa};
-    for (int64_t s = 0; s < n; s += CALL) {
-        const int64_t m = lsa_min_i64(CALL, n - s);
+    for (int64_t s = 0; s < n; s += call) {
+        const int64_t m = lsa_min_i64(call, n - s);
         if (lsa_stop_requested()) LSA_FAIL(LSA_E_INTERRUPTED, "stopped");
-        LSA_TRY(lsa_session_forward(session, doc->token + s, m, logits, false, &taps, err));
+        LSA_TRY(lsa_decoder_forward(decoder, doc->token + s, m, logits, &taps, NULL, err));
         keep_logits(f, r, logits, s, m);
     }
+    lsa_count_memory(r, decoder);
     LSA_TRY(count_windows(r, f, tau, tail, err));
 done:
     lsa_free(logits);
-    lsa_session_destroy(session);
+    lsa_decoder_close(decoder);
     return st;
 }

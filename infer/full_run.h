@@ -6,8 +6,10 @@
 #ifndef LSA_INFER_FULL_RUN_H
 #define LSA_INFER_FULL_RUN_H
 
-#include "infer/lsa_infer.h"
+#include "infer/decoder.h"
 #include "infer/policy.h"
+
+enum { LSA_MAX_TAU = 4096 }; /* tokens a window may last */
 
 /* What is counted for a policy and budget; sums, so that documents add up. */
 typedef struct lsa_result {
@@ -23,7 +25,13 @@ typedef struct lsa_result {
     double level1_bytes; /* over windows: index keys of evicted chunks that the memory indexer still reads
                             every window */
     bool has_needs;
+    /* from the allocations of sessions on a GPU, 0 elsewhere; the largest of the documents */
+    int64_t rows_bytes, keys_bytes, host_bytes; /* CSA rows and index keys on the GPU; pinned memory */
+    int64_t swapped_bytes;                      /* copied from host memory to the GPU's reserve, in all */
+    bool misses_unknown;                        /* only resident chunks were scored */
 } lsa_result;
+/* Adds what the decoder's session allocated. */
+void lsa_count_memory(lsa_result *r, lsa_decoder *d);
 
 typedef struct lsa_full_run {
     const lsa_doc *doc; /* borrowed */
@@ -37,11 +45,13 @@ typedef struct lsa_full_run {
     int32_t *top1;  /* [n_token] arg max after token t */
 } lsa_full_run;
 
-/* Runs doc; r gets the counts of the full policy with windows of tau and the evictable chunks that `tail`
- * gives. keep_logits: fill logp. LSA_E_INTERRUPTED after a signal. */
+/* Runs doc, on the CPU (gpu NULL, calls of 1,024 tokens) or a GPU (calls of tau, as the policies that are
+ * compared with it: the same bits where nothing is evicted; encoded: rows and keys in the server's codecs); r
+ * gets the counts of the full policy with windows of tau and the evictable chunks that `tail` gives.
+ * keep_logits: fill logp. LSA_E_INTERRUPTED after a signal. */
 LSA_NODISCARD lsa_status lsa_full_run_make(lsa_full_run *f, lsa_result *r, const lsa_engine *e,
-                                           const lsa_doc *doc, int64_t tau, int64_t tail, bool keep_logits,
-                                           lsa_err *err);
+                                           lsa_gpu_model *gpu, bool encoded, const lsa_doc *doc, int64_t tau,
+                                           int64_t tail, bool keep_logits, lsa_err *err);
 void lsa_full_run_fini(lsa_full_run *f);
 
 /* mass[n]: native mass of tokens [s, e) summed over them and all CSA layers, on chunks below n. */

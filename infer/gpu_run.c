@@ -3,8 +3,8 @@
 
 #include <string.h>
 
-#include "infer/engine.h"
 #include "infer/gpu_stream.h"
+#include "infer/gpu_weights.h"
 #include "kernels/core/clock.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
@@ -20,7 +20,7 @@ struct lsa_gpu_run {
     double taps, feeding; /* seconds */
 };
 
-static lsa_gpu_teacher_geom geom_of(const lsa_engine *e) {
+lsa_gpu_teacher_geom lsa_gpu_geom_of(const lsa_engine *e) {
     const lsa_teacher_config *c = &e->c;
     return (lsa_gpu_teacher_geom){.hidden = c->hidden,
                                   .n_head = c->n_head,
@@ -87,7 +87,7 @@ lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine 
                               int64_t chunk, bool stream, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_run *x = NULL;
-    const lsa_gpu_teacher_geom g = geom_of(e);
+    const lsa_gpu_teacher_geom g = lsa_gpu_geom_of(e);
     const lsa_gpu_teacher_tables tables = {e->freq_main, e->freq_comp,  e->embed,        e->head,
                                            e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
     *out = NULL;

@@ -28,11 +28,32 @@ static lsa_status parse_budgets(lsa_validate_opts *o, const char *text, lsa_err 
     }
 }
 
+static lsa_status parse_storage(lsa_validate_opts *o, const char *name, int64_t page, lsa_err *err) {
+    static const char *const known[] = {"f32", "server", "tiered"};
+    int k = 0;
+    while (k < 3 && strcmp(name, known[k])) k++;
+    if (k == 3) LSA_RET_FAIL(LSA_E_ARG, "--storage '%s': expected f32, server or tiered", name);
+    if (k > 0 && !o->gpu) LSA_RET_FAIL(LSA_E_ARG, "--storage %s is of a GPU: add --device cuda", name);
+    if (page < 1 || page > 65536)
+        LSA_RET_FAIL(LSA_E_ARG, "--page %lld: expected chunks in [1, 65536]", (long long)page);
+    o->storage = (lsa_gpu_storage)k;
+    o->page = (int32_t)page;
+    return LSA_OK;
+}
+
+/* NULL: on the CPU, which auto means. */
+static lsa_status open_device(lsa_ctx **gpu, const char *device, lsa_err *err) {
+    *gpu = NULL;
+    if (!strcmp(device, "auto") || !strcmp(device, "cpu")) return LSA_OK;
+    if (strncmp(device, "cuda", 4))
+        LSA_RET_FAIL(LSA_E_ARG, "--device '%s': expected auto, cpu, cuda or cuda:N", device);
+    return lsa_ctx_create(gpu, device, err);
+}
+
 static lsa_status check_device(const char *device, lsa_err *err) {
     if (strcmp(device, "auto") && strcmp(device, "cpu"))
         LSA_RET_FAIL(LSA_E_DEVICE,
-                     "--device %s: the decoder runs on the CPU only in this version; use --device cpu",
-                     device);
+                     "--device %s: generate runs on the CPU only in this version; use --device cpu", device);
     return LSA_OK;
 }
 
@@ -56,8 +77,9 @@ static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_validate_opts o = {.tau = 64, .tail = 256, .threshold = -1, .seed = 1, .logits_mib = 4096};
     const char *teacher = NULL, *tokens = NULL, *needs = NULL, *documents = NULL, *indexer = NULL,
-               *policy = "full,lsa,recency", *budget = "0.10", *report = NULL, *device = "auto";
-    int64_t seed = 1;
+               *policy = "full,lsa,recency", *budget = "0.10", *report = NULL, *device = "auto",
+               *storage = "f32";
+    int64_t seed = 1, page = 1;
     bool json = false;
     const lsa_opt opts[] = {
         {"teacher", "DIR", LSA_OPT_STR, &teacher, "folder with config.json and safetensors"},
@@ -79,7 +101,10 @@ static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
         {"logits-mib", "N", LSA_OPT_I64, &o.logits_mib,
          "memory for the full run's logits; KL is left out beyond it (default 4096)"},
         {"report", "DIR", LSA_OPT_STR, &report, "write report.json and report.html there"},
-        {"device", "auto|cpu", LSA_OPT_STR, &device, "where to decode (default auto)"},
+        {"device", "auto|cpu|cuda[:N]", LSA_OPT_STR, &device, "where to decode (auto: the CPU)"},
+        {"storage", "f32|server|tiered", LSA_OPT_STR, &storage,
+         "on a GPU, compressed rows and index keys: f32 there (default), in a server's codecs there, or these in host memory with a reserve there"},
+        {"page", "N", LSA_OPT_I64, &page, "tiered: chunks that move together (default 1)"},
         {"json", NULL, LSA_OPT_FLAG, &json, "one JSON line per policy and budget instead of the table"},
         {0}};
     lsa_engine *e = NULL;
@@ -90,13 +115,14 @@ static lsa_status cmd_validate(int argc, char **argv, lsa_err *err) {
         "Run documents through the teacher under several policies of what stays resident, and compare.", "",
         opts, argc, argv, NULL, 0);
     if (!teacher || !tokens) LSA_FAIL(LSA_E_ARG, "--teacher and --tokens are required; see --help");
-    if (o.tau < 1 || o.tau > 4096 || o.tail < 0 || o.sink < 0 || o.top_k < 0 || o.threshold > 1)
+    if (o.tau < 1 || o.tau > LSA_MAX_TAU || o.tail < 0 || o.sink < 0 || o.top_k < 0 || o.threshold > 1)
         LSA_FAIL(
             LSA_E_ARG,
             "--tau must be in [1, 4096], --tail, --sink and --top-k not negative, --threshold at most 1");
     if (o.top_k > 0 && o.threshold >= 0) LSA_FAIL(LSA_E_ARG, "--top-k and --threshold exclude each other");
     o.seed = (uint64_t)seed;
-    LSA_TRY(check_device(device, err));
+    LSA_TRY(open_device(&o.gpu, device, err));
+    LSA_TRY(parse_storage(&o, storage, page, err));
     LSA_TRY(lsa_policy_parse(o.policy, policy, err));
     LSA_TRY(parse_budgets(&o, budget, err));
     if (o.policy[LSA_POLICY_LSA] && !indexer) LSA_FAIL(LSA_E_ARG, "policy lsa needs --indexer");
@@ -132,6 +158,7 @@ done:
     lsa_validation_fini(&v);
     lsa_docs_close(d);
     lsa_engine_close(e);
+    lsa_ctx_destroy(o.gpu);
     lsa_indexer_file_fini(&f);
     return st;
 }

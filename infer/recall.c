@@ -137,17 +137,26 @@ void lsa_recall_end_window(lsa_recall *r, int64_t n) {
 }
 
 lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n, lsa_err *err) {
+    lsa_recall_input in = {.position = lsa_session_position(s)};
+    for (int32_t l = 0; l < r->f->geom.n_layer; l++) {
+        int64_t n_key;
+        in.key[l] = lsa_session_keys(s, r->f->geom.ord[l], &n_key);
+        in.hidden[l] = lsa_session_hidden(s, r->f->geom.ord[l]);
+    }
+    return lsa_recall_score_input(r, &in, score, n, err);
+}
+
+lsa_status lsa_recall_score_input(lsa_recall *r, const lsa_recall_input *in, float *score, int64_t n,
+                                  lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_indexer_geom *g = &r->f->geom;
-    const int64_t position = lsa_session_position(s) - 1, base = 0;
+    const int64_t position = in->position - 1, base = 0;
     const int32_t n_cand = (int32_t)n;
-    int64_t n_key = 0;
     if (n > r->max_chunk || position < 0)
         LSA_RET_FAIL(LSA_E_BUG, "recall: %lld chunks at position %lld", (long long)n, (long long)position);
     for (int32_t l = 0; l < g->n_layer; l++) {
-        const float *key = lsa_session_keys(s, g->ord[l], &n_key);
+        const float *key = in->key[l], *h = in->hidden[l];
         for (int64_t i = r->n_key; i < n; i++) lsa_key_encode(r->key[l] + i * LSA_KEY_BYTES, key + i * 128);
-        const float *h = lsa_session_hidden(s, g->ord[l]);
         for (int32_t i = 0; i < g->hidden; i++) r->x[i] = lsa_round_bf16(h[i]); /* as training saw it */
         LSA_TRY(lsa_indexer_query(r->ctx, g, r->f->params, l, 1, r->x, &position, r->freq, &r->act, err));
         LSA_TRY(lsa_indexer_score_fwd(r->ctx,

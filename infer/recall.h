@@ -32,10 +32,20 @@ void lsa_recall_reset(lsa_recall *r); /* with the session */
 void lsa_recall_observe(lsa_recall *r, const lsa_tap_csa *t);
 void lsa_recall_end_window(lsa_recall *r, int64_t n);
 
+/* What a window's query reads of a sequence, by the indexer's layers: the sequence's position, its index keys
+ * [position/4, 128] (of which those encoded before are not read again) and the hidden vector of the last
+ * token. */
+typedef struct lsa_recall_input {
+    int64_t position;
+    const float *key[LSA_MAX_CSA], *hidden[LSA_MAX_CSA];
+} lsa_recall_input;
+
 /* score[n]: ensemble score (observed mass added and continued, if the indexer says so) of chunks 0..n-1 for
  * the window that starts at the session's position; n <= position/4. */
 LSA_NODISCARD lsa_status lsa_recall_score(lsa_recall *r, const lsa_session *s, float *score, int64_t n,
                                           lsa_err *err);
+LSA_NODISCARD lsa_status lsa_recall_score_input(lsa_recall *r, const lsa_recall_input *in, float *score,
+                                                int64_t n, lsa_err *err);
 
 /* Which chunks stay: exactly one of budget (0..1), top_k (> 0) or threshold (>= 0 on the sigmoid of the
  * score; strictly above) decides, the others negative. The first `sink` chunks always stay. */

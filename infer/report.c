@@ -37,7 +37,13 @@ json_t *lsa_report_row(const lsa_result *r, const lsa_result *full) {
     put(o, "kept", all ? 1.0 : mean((double)r->kept, r->evictable));
     put(o, "gpu_bytes", mean(r->gpu_bytes, r->windows));
     put(o, "level1_bytes", mean(r->level1_bytes, r->windows));
-    put(o, "misses_per_window", mean((double)r->misses, r->windows));
+    put(o, "misses_per_window", r->misses_unknown ? (double)NAN : mean((double)r->misses, r->windows));
+    if (r->rows_bytes) { /* measured on a GPU */
+        put(o, "measured_rows_bytes", (double)r->rows_bytes);
+        put(o, "measured_keys_bytes", (double)r->keys_bytes);
+        put(o, "measured_host_bytes", (double)r->host_bytes);
+        put(o, "swapped_bytes_per_window", mean((double)r->swapped_bytes, r->windows));
+    }
     put(o, "top1_agreement", mean((double)r->agree, r->n[LSA_PART_ALL]));
     put(o, "kl", mean(r->kl, r->n_kl));
     if (full) {
@@ -73,7 +79,7 @@ void lsa_report_table(const lsa_validation *v) {
         cell(nll(r, LSA_PART_OTHER), 10, 3);
         cell(all ? 1.0 : mean((double)r->kept, r->evictable), 10, 3);
         cell(mean(r->gpu_bytes, r->windows) / 0x1p20, 11, 3);
-        cell(mean((double)r->misses, r->windows), 10, 0);
+        cell(r->misses_unknown ? (double)NAN : mean((double)r->misses, r->windows), 10, 0);
         printf("\n");
     }
     printf(

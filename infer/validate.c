@@ -39,6 +39,7 @@ typedef struct job {
 typedef struct shared {
     const lsa_engine *e;
     const lsa_validate_opts *o;
+    lsa_gpu_model *gpu; /* NULL: on the CPU */
     lsa_progress progress;
     double done; /* tokens, over all jobs */
 } shared;
@@ -110,7 +111,7 @@ static lsa_status write_mask(job *j, const uint8_t *kept, int64_t ev, int64_t s,
 
 /* Decides the resident set of window [s, s+n) into w->kept and counts what it holds; returns through *n_kept.
  */
-static lsa_status decide(job *j, const lsa_session *session, lsa_recall *recall, const lsa_validate_opts *o,
+static lsa_status decide(job *j, lsa_decoder *decoder, lsa_recall *recall, const lsa_validate_opts *o,
                          scratch *w, int64_t s, int64_t n, int64_t ev, int64_t *n_kept, lsa_err *err) {
     lsa_status st = LSA_OK;
     const bool fixed = recall && (o->top_k > 0 || o->threshold >= 0); /* the budget does not decide */
@@ -121,7 +122,9 @@ static lsa_status decide(job *j, const lsa_session *session, lsa_recall *recall,
     double total = 0, have = 0;
     lsa_window_mass(w->mass, j->f, s, s + n, ev);
     if (recall) {
-        LSA_TRY(lsa_recall_score(recall, session, w->score, ev, err));
+        lsa_recall_input in;
+        LSA_TRY(lsa_decoder_recall_input(decoder, j->indexer->geom.ord, j->indexer->geom.n_layer, &in, err));
+        LSA_TRY(lsa_recall_score_input(recall, &in, w->score, ev, err));
     } else {
         const lsa_policy_inputs in = {
             .mass = w->mass, .last = w->last, .seed = o->seed, .doc = j->f->doc->index, .s = s};
@@ -144,43 +147,37 @@ done:
     return st;
 }
 
-/* What a session's worker threads say: misses, added up, and masses, for the next decisions. */
-typedef struct watch {
-    int64_t *misses;
-    lsa_recall *recall; /* NULL: no memory indexer */
-} watch;
-static void on_csa(void *user, const lsa_tap_csa *t) {
-    const watch *w = user;
-    if (w->recall) lsa_recall_observe(w->recall, t);
-    if (t->n_miss == 0) return;
-#pragma omp atomic
-    *w->misses += t->n_miss;
+static void observe(void *user, const lsa_tap_csa *t) {
+    lsa_recall_observe(user, t);
 }
 
-static lsa_status run_windows(job *j, shared *sh, lsa_session *session, lsa_recall *recall, scratch *w,
+static lsa_status run_windows(job *j, shared *sh, lsa_decoder *decoder, lsa_recall *recall, scratch *w,
                               lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_validate_opts *o = sh->o;
     const lsa_full_run *f = j->f;
     const int64_t n_token = f->doc->n_token, row_bytes = lsa_server_row_bytes(f->c) * f->c->n_csa;
     const bool evicts = lsa_policy_evicts(j->r.policy);
-    watch seen = {&j->r.misses, recall};
-    const lsa_taps taps = {.user = &seen, .csa = evicts ? on_csa : NULL};
+    const lsa_taps taps = {.user = recall, .csa = observe};
+    const bool observes = recall && j->indexer->geom.prior; /* else nobody asks for statistics */
     int64_t drawn = -1;
     for (int64_t s = 0; s < n_token; s += o->tau) {
         const int64_t n = lsa_min_i64(o->tau, n_token - s), ev = evicts ? lsa_evictable(s, o->tail) : 0;
-        int64_t kept = 0;
+        int64_t kept = 0, misses = 0;
         if (lsa_stop_requested()) LSA_FAIL(LSA_E_INTERRUPTED, "stopped");
-        if (ev > 0) LSA_TRY(decide(j, session, recall, o, w, s, n, ev, &kept, err));
+        if (ev > 0) LSA_TRY(decide(j, decoder, recall, o, w, s, n, ev, &kept, err));
         if (ev > 0 && j->want_masks) LSA_TRY(write_mask(j, w->kept, ev, s, err));
         if (j->heat && s * j->heat->rows / n_token != drawn) {
             draw(j->heat, w->kept, ev, s, n_token);
             drawn = s * j->heat->rows / n_token;
         }
         j->r.gpu_bytes += (double)((s / LSA_CHUNK - ev + kept) * row_bytes);
-        lsa_session_set_resident(session, ev > 0 ? w->kept : NULL, ev);
-        LSA_TRY(lsa_session_forward(session, f->doc->token + s, n, w->logits, false, &taps, err));
-        if (recall) lsa_recall_end_window(recall, n);
+        LSA_TRY(lsa_decoder_set_resident(decoder, ev > 0 ? w->kept : NULL, ev, err));
+        LSA_TRY(lsa_decoder_forward(decoder, f->doc->token + s, n, w->logits, observes ? &taps : NULL,
+                                    evicts ? &misses : NULL, err));
+        if (observes) lsa_recall_end_window(recall, n);
+        j->r.misses += lsa_max_i64(0, misses);
+        j->r.misses_unknown = j->r.misses_unknown || misses < 0;
         lsa_count_logits(&j->r, f, w->logits, s, n);
         j->r.windows++;
         report_tokens(sh, n);
@@ -189,22 +186,49 @@ done:
     return st;
 }
 
+/* Pages that the last window, which wants most, touches: kept chunks, and a run of newer ones. */
+static int64_t reserve_of(const job *j, const lsa_validate_opts *o, int64_t n_token) {
+    const int64_t ev = lsa_evictable((n_token - 1) / o->tau * o->tau, o->tail),
+                  kept = j->r.budget >= 0 ? lsa_budget_chunks(j->r.budget, ev)
+                         : o->top_k > 0   ? lsa_min_i64(o->top_k, ev)
+                                          : ev,
+                  newer = o->tail / LSA_CHUNK + o->tau / LSA_CHUNK + 2;
+    return lsa_min_i64(kept + o->sink + newer / o->page + 2, n_token / LSA_CHUNK / o->page + 1);
+}
+
+static lsa_status open_decoder(lsa_decoder **out, const job *j, const shared *sh, lsa_err *err) {
+    const lsa_validate_opts *o = sh->o;
+    const int64_t n_token = j->f->doc->n_token;
+    const bool all = j->r.policy == LSA_POLICY_DENSE;
+    if (!sh->gpu || all || o->storage == LSA_GPU_ROWS_F32)
+        return lsa_decoder_open(
+            out, sh->e, sh->gpu,
+            &(lsa_session_opts){.max_tokens = n_token, .chunk = o->tau, .attend_all = all}, err);
+    lsa_gpu_session_opts g = {.max_tokens = n_token, .storage = o->storage};
+    if (o->storage == LSA_GPU_ROWS_TIERED) {
+        g.page = o->page;
+        g.reserve = reserve_of(j, o, n_token);
+    }
+    for (int32_t l = 0; j->indexer && l < j->indexer->geom.n_layer; l++)
+        g.keys_on_gpu[j->indexer->geom.ord[l].v] = true;
+    return lsa_decoder_open_gpu(out, sh->e, sh->gpu, &g, err);
+}
+
 static lsa_status run_job(job *j, shared *sh, lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_session *session = NULL;
+    lsa_decoder *decoder = NULL;
     lsa_recall *recall = NULL;
     scratch w = {0};
     const int64_t n_token = j->f->doc->n_token, chunks = n_token / LSA_CHUNK + 1;
-    const lsa_session_opts so = {
-        .max_tokens = n_token, .chunk = sh->o->tau, .attend_all = j->r.policy == LSA_POLICY_DENSE};
-    LSA_TRY(lsa_session_create(&session, sh->e, &so, err));
+    LSA_TRY(open_decoder(&decoder, j, sh, err));
     if (j->indexer) LSA_TRY(lsa_recall_create(&recall, j->indexer, sh->e, chunks, sh->o->tau, err));
     LSA_TRY(scratch_make(&w, chunks, lsa_min_i64(sh->o->tau, n_token) * j->f->c->vocab, err));
-    LSA_TRY(run_windows(j, sh, session, recall, &w, err));
+    LSA_TRY(run_windows(j, sh, decoder, recall, &w, err));
+    lsa_count_memory(&j->r, decoder);
 done:
     scratch_free(&w);
     lsa_recall_destroy(recall);
-    lsa_session_destroy(session);
+    lsa_decoder_close(decoder);
     return st;
 }
 
@@ -222,6 +246,11 @@ static void add(lsa_result *a, const lsa_result *b) {
     a->kept += b->kept, a->evictable += b->evictable, a->kl += b->kl, a->captured += b->captured,
         a->total_mass += b->total_mass;
     a->gpu_bytes += b->gpu_bytes, a->level1_bytes += b->level1_bytes;
+    a->rows_bytes = lsa_max_i64(a->rows_bytes, b->rows_bytes);
+    a->keys_bytes = lsa_max_i64(a->keys_bytes, b->keys_bytes);
+    a->host_bytes = lsa_max_i64(a->host_bytes, b->host_bytes);
+    a->swapped_bytes += b->swapped_bytes;
+    a->misses_unknown = a->misses_unknown || b->misses_unknown;
     a->has_needs = a->has_needs || b->has_needs;
 }
 
@@ -260,12 +289,14 @@ static int64_t group_size(const lsa_validation *v, const lsa_docs *docs, int64_t
 static lsa_status full_runs(group *g, shared *sh, const lsa_docs *docs, int64_t at, lsa_err *err) {
     const lsa_validate_opts *o = sh->o;
     const int64_t V = lsa_engine_config(sh->e)->vocab;
-    const bool outer = g->n >= omp_get_max_threads(); /* else the forward calls share the threads */
+    const bool outer =
+        !sh->gpu && g->n >= omp_get_max_threads(); /* else the forward calls share the threads */
 #pragma omp parallel for schedule(dynamic, 1) if (outer)
     for (int64_t d = 0; d < g->n; d++) {
         const lsa_doc *doc = lsa_docs_at(docs, at + d);
         const bool logits = doc->n_token * V * (int64_t)sizeof(float) <= o->logits_mib << 20;
-        g->st[d] = lsa_full_run_make(&g->f[d], &g->full[d], sh->e, doc, o->tau, o->tail, logits, &g->err[d]);
+        g->st[d] = lsa_full_run_make(&g->f[d], &g->full[d], sh->e, sh->gpu, o->storage != LSA_GPU_ROWS_F32,
+                                     doc, o->tau, o->tail, logits, &g->err[d]);
         report_tokens(sh, doc->n_token);
     }
     for (int64_t d = 0; d < g->n; d++)
@@ -307,7 +338,7 @@ static lsa_status run_group(lsa_validation *v, shared *sh, const lsa_docs *docs,
     LSA_TRY(LSA_NEW(g.jobs, n * v->n, err));
     LSA_TRY(full_runs(&g, sh, docs, at, err));
     plan_jobs(&g, v, indexer, untrained, sh->o);
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 1) if (!sh->gpu)
     for (int64_t i = 0; i < n * g.rows; i++) {
         job *j = &g.jobs[i];
         if (j->r.policy == LSA_POLICY_FULL)
@@ -423,6 +454,7 @@ lsa_status lsa_validate(lsa_validation *v, const lsa_engine *e, const lsa_docs *
     if (o->policy[LSA_POLICY_UNTRAINED])
         LSA_TRY(make_untrained(&untrained, indexer, lsa_engine_config(e), o->seed, err));
     if (o->masks) LSA_TRY(lsa_commit_begin(&masks, o->masks, err));
+    if (o->gpu) LSA_TRY(lsa_gpu_model_create(&sh.gpu, o->gpu, e, o->tau, err));
     v->first = lsa_docs_at(docs, 0);
     plan_heat(v, o->tau);
     for (int i = 0; i < v->n; i++) runs += v->row[i].policy != LSA_POLICY_FULL;
@@ -438,6 +470,7 @@ done:
     v->seconds = lsa_now_s() - t0;
     if (o->masks) lsa_commit_abort(&masks);
     lsa_indexer_file_fini(&untrained);
+    lsa_gpu_model_destroy(sh.gpu);
     if (st != LSA_OK && st != LSA_E_INTERRUPTED) lsa_validation_fini(v);
     return st;
 }

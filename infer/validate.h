@@ -11,6 +11,7 @@
 #include "data/indexer_file.h"
 #include "infer/full_run.h"
 #include "infer/recall.h"
+#include "kernels/model/gpu_session.h"
 
 enum { LSA_MAX_BUDGET = 16, LSA_MAX_HEAT = 3, LSA_HEAT_ROWS = 128, LSA_HEAT_COLS = 192 };
 
@@ -24,6 +25,9 @@ typedef struct lsa_validate_opts {
     uint64_t seed;
     int64_t
         logits_mib; /* memory for the full runs' log-probabilities; a document that does not fit has no KL */
+    lsa_ctx *gpu;   /* NULL: on the CPU; else a CUDA context, borrowed: one document and policy at a time */
+    lsa_gpu_storage storage; /* there: of the policies that evict; full has the same bytes, dense f32 */
+    int32_t page;            /* tiered: chunks a page, at least 1 */
     const char *masks; /* NULL, or a file to be written: which chunks were kept, one JSON line per document,
                           row and window */
 } lsa_validate_opts;

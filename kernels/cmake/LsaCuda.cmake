@@ -26,7 +26,8 @@ function(lsa_add_cuda target)
     return()
   endif()
   file(GLOB cu CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/kernels/cuda/*.cu ${PROJECT_SOURCE_DIR}/kernels/cuda/step/*.cu
-       ${PROJECT_SOURCE_DIR}/kernels/cuda/serve/*.cu ${PROJECT_SOURCE_DIR}/kernels/cuda/teacher/*.cu)
+       ${PROJECT_SOURCE_DIR}/kernels/cuda/serve/*.cu ${PROJECT_SOURCE_DIR}/kernels/cuda/teacher/*.cu
+       ${PROJECT_SOURCE_DIR}/kernels/cuda/decode/*.cu)
   add_library(lsa_cuda_objects OBJECT ${cu})
   target_include_directories(lsa_cuda_objects PRIVATE ${PROJECT_SOURCE_DIR})
   target_compile_options(lsa_cuda_objects PRIVATE -O3 -lineinfo

@@ -42,7 +42,8 @@ typedef struct lsa_gpu_layer_weights {
 typedef struct lsa_gpu_teacher lsa_gpu_teacher;
 typedef struct lsa_gpu_layer lsa_gpu_layer;
 
-/* Room for documents of max_tokens tokens, computed `chunk` tokens at a time. freq_main, freq_comp: host
+/* Room for documents of max_tokens tokens, computed `chunk` tokens at a time; max_tokens 0: no documents, for
+ * sessions only (gpu_session.h). freq_main, freq_comp: host
  * [rope_dim/2]. embed, head: host [vocab, d]; norm [d]; head_fn [n, n d], head_base [n], head_scale [1]. */
 typedef struct lsa_gpu_teacher_tables {
     const float *freq_main, *freq_comp, *embed, *head, *norm, *head_fn, *head_base, *head_scale;

@@ -79,6 +79,9 @@ expect 2 "recent" "${validate[@]}" --policy full,recent
 expect 1 "quest" "${validate[@]}" --policy quest
 for b in 0 1.5 x -0.1 ""; do expect 2 "" "${validate[@]}" --policy recency --budget "$b"; done
 expect 2 "--tau" "${validate[@]}" --policy recency --tau 0
+expect 2 "--device" "${validate[@]}" --policy recency --device tpu
+expect 2 "--device cuda" "${validate[@]}" --policy recency --storage tiered
+expect 2 "--storage" "${validate[@]}" --policy recency --storage disk
 expect 2 "" "$bin/lsa-decode" validate --teacher $teacher
 expect 1 "none" "$bin/lsa-decode" validate --teacher "$work/none" "${val[@]}" --policy full
 expect 2 "" "$bin/lsa-decode" validate --teacher $teacher "${val[@]}" --documents 90:99

@@ -206,8 +206,12 @@ lsa_status teacher_moe(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, in
         LSA_CUDA(cudaGetLastError());
     }
     LSA_TRY(teacher_gemm(t, m, 2 * M, d, t->x, w->w13 + E * 2 * M * d, 0, t->h13, err));
-    shared_k<<<1024, THREADS, 0, s>>>(t->h13, m * M, M, limit, t->act);
-    LSA_CUDA(cudaGetLastError());
+    {
+        const int64_t blocks = (m * M + THREADS - 1) / THREADS;
+        shared_k<<<(unsigned)(blocks < 1024 ? blocks : 1024), THREADS, 0, s>>>(t->h13, m * M, M, limit,
+                                                                               t->act);
+        LSA_CUDA(cudaGetLastError());
+    }
     LSA_TRY(teacher_gemm(t, m, d, M, t->act, w->w2 + E * d * M, 1, t->y, err));
 done:
     return st;

@@ -21,7 +21,7 @@ static lsa_status check(const lsa_gpu_teacher_geom *g, int64_t max_tokens, int64
             "the GPU teacher takes up to %d streams, heads and index heads of 64, 128, 256, 512 or %d: "
             "found %d streams, heads of %d, index heads of %d; use --device cpu",
             TEACHER_STREAMS, TEACHER_WIDTH, g->hc_mult, g->head_dim, g->index_head_dim);
-    if (max_tokens < 1 || chunk < 1)
+    if (max_tokens < 0 || chunk < 1)
         LSA_RET_FAIL(LSA_E_ARG, "room for %lld tokens, %lld at a time", (long long)max_tokens,
                      (long long)chunk);
     return LSA_OK;
@@ -110,7 +110,7 @@ extern "C" lsa_status lsa_gpu_teacher_create(lsa_gpu_teacher **out, lsa_ctx *ctx
     t->cs = lsa_cuda(ctx);
     t->g = *g;
     t->max_tokens = max_tokens;
-    t->chunk = chunk < max_tokens ? chunk : max_tokens;
+    t->chunk = max_tokens && chunk > max_tokens ? max_tokens : chunk;
     PUT(t->table.freq_main, w->freq_main, g->rope_dim / 2);
     PUT(t->table.freq_comp, w->freq_comp, g->rope_dim / 2);
     PUT(t->table.embed, w->embed, V * d);

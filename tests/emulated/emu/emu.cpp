@@ -30,6 +30,7 @@ static const std::function<void()> *work;
 int current;
 uint3 thread_index[THREADS], block_index;
 char *dynamic;
+int64_t pinned;
 uint64_t warp_value[32][32];
 
 static void broken(const char *what, int thread) {
@@ -39,9 +40,11 @@ static void broken(const char *what, int thread) {
 }
 
 static void body() {
-    (*work)();
-    fibers[current].live = false;
-    _longjmp(scheduler, 1);
+    for (;;) { /* the next kernel or block begins where this one ended */
+        (*work)();
+        fibers[current].live = false;
+        if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
+    }
 }
 static void rest(int state) {
     fibers[current].state = state;
@@ -91,16 +94,16 @@ static bool free_warps(int n) {
 static void run_block(int n) {
     for (int i = 0; i < n; i++) {
         fiber *const f = &fibers[i];
-        if (!f->stack) f->stack = (char *)malloc(STACK);
         thread_index[i] = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+        f->live = true;
+        f->state = RUNS;
+        if (f->stack) continue;
+        f->stack = (char *)malloc(STACK);
         getcontext(&f->start);
         f->start.uc_stack.ss_sp = f->stack;
         f->start.uc_stack.ss_size = STACK;
         f->start.uc_link = NULL;
         makecontext(&f->start, body, 0);
-        f->live = true;
-        f->entered = false;
-        f->state = RUNS;
     }
     for (;;) {
         bool ran = false, any = false;
@@ -152,6 +155,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind
 }
 cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
     *p = malloc(n);
+    emu::pinned += *p != NULL;
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t) {
@@ -206,6 +210,7 @@ cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void *p) {
+    emu::pinned -= p != NULL;
     free(p);
     return cudaSuccess;
 }

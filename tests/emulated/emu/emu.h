@@ -27,7 +27,8 @@
 namespace emu {
 extern int current; /* thread of the block */
 extern uint3 thread_index[1024], block_index;
-extern char *dynamic; /* extern __shared__ arrays */
+extern char *dynamic;  /* extern __shared__ arrays */
+extern int64_t pinned; /* allocations of cudaHostAlloc that are not freed */
 extern uint64_t warp_value[32][32];
 
 void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()> &kernel);
