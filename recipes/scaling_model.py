@@ -21,7 +21,8 @@ LAYERS, HEADS, RANK, HIDDEN, CANDIDATES = 8, 128, 2048, 4096, 2048
 WQ_B = LAYERS * 128 * HEADS * RANK
 PARAMETERS = LAYERS * (RANK * HIDDEN + 128 * HEADS * RANK + RANK + HEADS * HIDDEN)
 MEASURED_STEPS = [("sampled", 64, 5.247), ("sampled", 256, 6.009), ("sampled", 1024, 10.340), ("full", 256, 17.60)]  # windows, ms
-# recipes/scaling.sh, 2026-11-25, two H100s: windows a GPU, ZeRO-1, bytes of a gradient's element, beside the backward pass, ms
+# recipes/scaling.sh, 2026-11-25, two H100s, weights gathered after the update (since then beside the next sampling, which the simulation
+# leaves out: 9.978 ms instead of 10.427): windows a GPU, ZeRO-1, bytes of a gradient's element, beside the backward pass, ms
 MEASURED_TWO = [(1024, True, 2, True, 10.427), (1024, True, 4, True, 12.157), (1024, False, 2, True, 11.781), (1024, False, 4, True, 14.465),
                 (1024, True, 2, False, 10.643), (256, True, 2, True, 6.246), (256, True, 4, True, 8.015), (256, False, 2, True, 7.602)]
 

@@ -13,11 +13,10 @@ for wave in 1 20000 100000000; do
     for shard in "$work"/resident/shard_*.h5; do cmp "$shard" "$work/$wave/$(basename "$shard")"; done
 done
 # a long document: its tokens are those of the text, repeated
-for _ in $(seq 40); do cat recipes/mini/val.u16; done | head -c 1101678 >"$work/long.u16"
-"$python" - "$work/long.u16" <<'PY'
+"$python" - recipes/mini/val.u16 "$work/long.u16" <<'PY'
 import array, sys
-ids = array.array("H", open(sys.argv[1], "rb").read())
-open(sys.argv[1], "wb").write(array.array("H", [0] + [i or 2 for i in ids[1:]]).tobytes())
+ids = array.array("H", (open(sys.argv[1], "rb").read() * 40)[:1101678])
+open(sys.argv[2], "wb").write(array.array("H", [0] + [i or 2 for i in ids[1:]]).tobytes())
 PY
 "$bin/lsa-dump" run --teacher recipes/mini/teacher --tokens "$work/long.u16" --device cuda --out "$work/long"
 "$bin/lsa-dump" verify "$work/long"

@@ -148,11 +148,13 @@ static int compare(const trace *a, const trace *b, const judge_plan *p, const ch
     const int64_t rows = c->n_csa * a->n, V = c->vocab, key = c->index_head_dim;
     int64_t apart = 0, far = 0, keys = 0;
     bounds d = {0};
-    /* As in judge_teacher.c. With simulations, what lies at a boundary may round to either side and later
-     * layers carry that on: some tokens may then be anywhere. */
+    /* As in judge_teacher.c. Where two logits are nearly equal, or with simulations a value lies at a
+     * boundary, either side may be taken, and later layers carry that on: some tokens may then be anywhere.
+     * Seen on an H100 with a quarter resident: 4 of 3,000 tokens, 94 of 9,000 rows; with simulations 8 of
+     * 1,500 tokens, 761 of 4,500 rows. */
     const bounds most =
         p->sim ? (bounds){0.1, 1e-3, 0.05, 1e-3, 0.02} : (bounds){1e-3, 2e-4, 3e-4, 2e-5, 2e-4};
-    const double share = p->sim ? 0.2 : 0.0;
+    const double share = p->sim ? 0.25 : 0.02;
     for (int64_t t = 0; t < a->n; t++) {
         double v = 0;
         differ(&v, a->logits + t * V, b->logits + t * V, V);

@@ -112,32 +112,32 @@ done:
 typedef struct difference {
     const char *name;
     spread d;
-    double most, rms, rows; /* bounds; most 0: none on the largest */
+    double rms, rows; /* bounds */
 } difference;
 
 static int judge_one(const difference *x) {
-    const bool good = (x->most == 0.0 ? isfinite(x->d.most) : x->d.most <= x->most) && rms(&x->d) <= x->rms &&
-                      (double)x->d.rows_apart <= x->rows * (double)x->d.rows;
+    const bool good =
+        isfinite(x->d.most) && rms(&x->d) <= x->rms && (double)x->d.rows_apart <= x->rows * (double)x->d.rows;
     printf("  %-13s largest %.2g, rms %.2g, rows apart by more than %g: %lld of %lld%s\n", x->name, x->d.most,
            rms(&x->d), x->d.step, (long long)x->d.rows_apart, (long long)x->d.rows, good ? "" : ": FAILED");
     return !good;
 }
 
-/* Without simulations every number is close, and the largest difference is bounded. A simulation rounds to
- * steps of 1/8 (fp8) or 1/2 (fp4) of a number's binade: where the two orders of an f32 sum lie on either side
- * of a boundary the results are a whole step apart, and whatever reads that row carries it on. The largest
- * difference is then the size of a step whenever there is one such row, which says nothing; what a wrong
- * kernel would change is how many rows are apart and by how much in the mean. On an H100, 2,000 tokens:
- * largest 0.58, 0.5, 0.43, 0.0087, 0.016 in the order below, 0.93 % of the selections apart; the other bounds
- * are estimates (a tenth of the rows off by a step) until they are measured there. */
+/* Two orders of an f32 sum may fall on either side of a boundary: of two logits that are nearly equal, or,
+ * with simulations, of a step of 1/8 (fp8) or 1/2 (fp4) of a number's binade; what reads that row carries it
+ * on. The largest difference is then that of one such row, which says nothing; what a wrong kernel would
+ * change is how many rows are apart and by how much in the mean. Bounds from an H100: without simulations 1
+ * of 12,000 selections and 1 of 4,000 tokens apart, rms 3.1e-5, 8.5e-7, 3.6e-6, 3.3e-8, 4.4e-7 in the order
+ * below; with them 97 of 6,000 selections, 3.6 %, 0.6 %, 11.5 %, 0 and 0.03 % of the rows, rms 2.1e-3,
+ * 3.1e-3, 4.4e-3, 4.3e-6, 7.7e-5. */
 static int compare(const judge *j, bool sim, const spread *keys, const spread *logits) {
     const int64_t rows = j->c->n_csa * j->n_token;
     int64_t other = 0;
-    difference d[] = {{"logits", *logits, sim ? 0 : 1e-3, sim ? 0.02 : 1e-4, 0.5},
-                      {"keys", *keys, sim ? 0 : 2e-4, sim ? 0.03 : 2e-5, 0.5},
-                      {"native logits", {.step = sim ? 0.02 : 1e-4}, sim ? 0 : 3e-4, sim ? 0.03 : 3e-5, 0.5},
-                      {"mass", {.step = sim ? 1e-3 : 1e-5}, sim ? 0 : 2e-5, sim ? 5e-4 : 2e-6, 0.1},
-                      {"hidden", {.step = sim ? 1e-2 : 1e-4}, sim ? 0 : 2e-4, sim ? 1e-3 : 2e-5, 0.1}};
+    difference d[] = {{"logits", *logits, sim ? 0.01 : 1e-4, sim ? 0.1 : 0.002},
+                      {"keys", *keys, sim ? 0.01 : 2e-5, sim ? 0.05 : 0.002},
+                      {"native logits", {.step = sim ? 0.02 : 1e-4}, sim ? 0.015 : 3e-5, sim ? 0.25 : 0.002},
+                      {"mass", {.step = sim ? 1e-3 : 1e-5}, sim ? 5e-5 : 2e-6, sim ? 0.02 : 0.002},
+                      {"hidden", {.step = sim ? 1e-2 : 1e-4}, sim ? 3e-4 : 2e-5, sim ? 0.02 : 0.002}};
     for (int64_t i = 0; i < rows; i++) {
         const record *a = &j->cpu[i], *b = &j->gpu[i];
         differ_row(&d[4].d, a->hidden, b->hidden, j->c->hidden);
@@ -150,7 +150,7 @@ static int compare(const judge *j, bool sim, const spread *keys, const spread *l
         differ_row(&d[3].d, &a->window, &b->window, 1);
         differ_row(&d[3].d, &a->sink, &b->sink, 1);
     }
-    int bad = (double)other > (sim ? 0.05 : 0.01) * (double)rows;
+    int bad = (double)other > (sim ? 0.05 : 0.001) * (double)rows;
     printf("%lld tokens%s: selections apart %lld of %lld%s\n", (long long)j->n_token,
            sim ? ", cache simulations" : "", (long long)other, (long long)rows, bad ? ": FAILED" : "");
     for (size_t i = 0; i < sizeof d / sizeof *d; i++) bad += judge_one(&d[i]);
