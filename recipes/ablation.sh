@@ -37,10 +37,9 @@ touch "$lines"
 # name: changes to the recipe, whose own settings are the variant "default". The published trainer's way is focal loss on votes of sampled candidates.
 variants=(
     "default"
-    "plain: model.continuation=0 model.prior=false"
-    "no-prior: model.prior=false"
-    "no-continuation: model.continuation=0"
-    "votes: model.continuation=0 model.prior=false loss.kind=focal loss.on=layer sample.candidates=sampled sample.order=shuffled"
+    "plain: model.continuation=0"
+    "prior: model.prior=true train.precision=f32"
+    "votes: model.continuation=0 loss.kind=focal loss.on=layer sample.candidates=sampled sample.order=shuffled"
     "by-mass: loss.by_mass=true"
     "small: model.heads=8 model.rank=64"
     "large: model.heads=64 model.rank=512"
