@@ -71,8 +71,8 @@ static __device__ __forceinline__ float combined(const select_args &a, int64_t i
     return r.score == LSA_SCORE_MEAN ? __fdiv_rn(s, (float)r.n_layer) : s;
 }
 
-/* Before a continuation: scores of chunks [first - reach, first + count) of n into tile, by `threads` threads
- * of which this one is the `me`-th. */
+/* For a continuation: combined scores of chunks [first - reach, first + count) of n into tile, by `threads`
+ * threads of which this one is the `me`-th. Without one there is no tile. */
 static __device__ __forceinline__ void fill_tile(const select_args &a, int64_t i, int64_t first, int count,
                                                  int64_t n, float *tile, int me, int threads) {
     for (int k = me; k < count + a.rule.reach; k += threads) {
@@ -80,8 +80,10 @@ static __device__ __forceinline__ void fill_tile(const select_args &a, int64_t i
         tile[k] = c >= 0 && c < n ? combined(a, i, c) : -INFINITY;
     }
 }
-/* The score of the tile's k-th chunk of its own. */
-static __device__ __forceinline__ float score_of(const select_args &a, const float *tile, int k) {
+/* The score of chunk c, the k-th of the tile's own. */
+static __device__ __forceinline__ float score_of(const select_args &a, int64_t i, int64_t c,
+                                                 const float *tile, int k) {
+    if (a.rule.reach == 0) return combined(a, i, c);
     const float *const at = tile + a.rule.reach + k;
     float best = at[0];
     for (int j = 1; j <= a.rule.reach; j++) {
@@ -139,13 +141,15 @@ static __global__ void __launch_bounds__(THREADS) score_k(const __grid_constant_
     const span e = evictable(a.rule, n);
     if (first >= n && blockIdx.x > 0) return;
     __shared__ float tile[SERVE_BLOCK + LSA_MAX_REACH];
-    fill_tile(a, i, first, SERVE_BLOCK, n, tile, threadIdx.x, THREADS);
-    __syncthreads();
+    if (a.rule.reach) {
+        fill_tile(a, i, first, SERVE_BLOCK, n, tile, threadIdx.x, THREADS);
+        __syncthreads();
+    }
     uint32_t code[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         const int64_t c = first + j * THREADS + threadIdx.x;
-        code[j] = c < n ? ordered(score_of(a, tile, j * THREADS + threadIdx.x)) : 0;
+        code[j] = c < n ? ordered(score_of(a, i, c, tile, j * THREADS + threadIdx.x)) : 0;
         if (!now && c < n) a.code[i * a.most + c] = code[j];
     }
     if (now) {
@@ -291,13 +295,15 @@ static __global__ void __launch_bounds__(THREADS) page_key_k(const __grid_consta
     if (c0 >= n) return;
     __shared__ float tiles[THREADS / 32][LSA_PAGE_CHUNKS + LSA_MAX_REACH];
     float *const tile = tiles[threadIdx.x >> 5];
-    fill_tile(a, i, c0, LSA_PAGE_CHUNKS, n, tile, lane, 32);
-    __syncwarp();
+    if (a.rule.reach) {
+        fill_tile(a, i, c0, LSA_PAGE_CHUNKS, n, tile, lane, 32);
+        __syncwarp();
+    }
     uint32_t above = 0, best = 0;
 #pragma unroll
     for (int j = 0; j < LSA_PAGE_CHUNKS / 32; j++) {
         const int64_t c = c0 + j * 32 + lane;
-        const float s = c < n ? score_of(a, tile, j * 32 + lane) : -INFINITY;
+        const float s = c < n ? score_of(a, i, c, tile, j * 32 + lane) : -INFINITY;
         above += __popc(__ballot_sync(0xffffffffu, c < n && s > t));
         best = max(best, c < n ? ordered(s) : 0u);
     }
