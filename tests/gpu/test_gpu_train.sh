@@ -8,14 +8,14 @@ work=$(mktemp -d /tmp/lsa-gpu-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 
 "$bin/lsa-dump" synth --out "$work/synth" --docs 24 --tokens 4096 --layers 3 --hidden 256 --seed 5 >/dev/null 2>&1
-"$bin/lsa-dump" run --teacher recipes/mini/teacher --tokens recipes/mini/train.u16 --needs recipes/mini/train.jsonl --documents 0:16 \
+"$bin/lsa-dump" run --device cuda --teacher recipes/mini/teacher --tokens recipes/mini/train.u16 --needs recipes/mini/train.jsonl --documents 0:16 \
     --out "$work/mini" --shard-bytes 64M >/dev/null 2>&1
 train() { # data name device options...
     local data=$1 name=$2 device=$3
     shift 3
     "$bin/lsa-train" run --data "$work/$data" --out "$work/$data-$name" --device "$device" --set model.heads=32 --set model.rank=256 \
         --set train.steps=500 --set train.batch=32 --set train.eval_every=500 --set train.save_every=500 --set sample.val_documents=4 \
-        --set optim.warmup=50 "$@" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+        --set optim.warmup=50 "$@" >"$work/$data-$name.log" 2>&1 || { cat "$work/$data-$name.log"; exit 1; }
 }
 captured() { "$python" -c "
 import json, sys
@@ -31,36 +31,49 @@ sys.exit(not ok)" "$@"
 }
 same() { cmp "$work/$1/ckpt/step_00000500/optim.safetensors" "$work/$2/ckpt/step_00000500/optim.safetensors" && echo "$1 and $2: bit-equal"; }
 
+# The CPU's runs side by side from the start, a few cores each; a list of name and process.
+votes=(--set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8)
+lend=(--set model.continuation=16)
+share=$(($(nproc) / 5))
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$((share > 0 ? share : 1))
+declare -A pid
+begin() { # data name options...
+    train "$1" "$2" cpu "${@:3}" &
+    pid[$1-$2]=$!
+}
+begin synth cpu
+begin mini cpu
+begin synth lend-cpu "${lend[@]}"
+begin mini lend-cpu "${lend[@]}"
+begin synth votes-cpu "${votes[@]}"
+trap 'kill $(jobs -p) 2>/dev/null || true; wait || true; rm -rf "$work"' EXIT
+like_cpu() { # run cpu-run relative what
+    [ -z "${pid[$2]}" ] || wait "${pid[$2]}" || { echo "the CPU's run $2 failed"; exit 1; }
+    pid[$2]=
+    close "$(captured "$1")" "$(captured "$2")" "$3" "$4"
+}
+
 for data in synth mini; do
-    train $data cpu cpu &
-    pid=$!
     train $data bf16 cuda
     train $data again cuda
-    wait $pid
     same $data-bf16 $data-again
-    cpu=$(captured $data-cpu)
-    close "$(captured $data-bf16)" "$cpu" 0.005 "$data bf16"
     train $data fp8 cuda --set train.precision=fp8
-    close "$(captured $data-fp8)" "$cpu" 0.02 "$data fp8 queries"
     train $data short cuda --set optim.moments=bf16
-    close "$(captured $data-short)" "$cpu" 0.01 "$data bf16 moments"
     train $data f32 cuda --set train.precision=f32
-    close "$(captured $data-f32)" "$cpu" 0.005 "$data f32 op by op"
+    train $data lend-bf16 cuda "${lend[@]}"
 done
-# A continuation: op by op in f32 and in the fused step as on the CPU.
-train synth lend-cpu cpu --set model.continuation=16
-train synth lend-f32 cuda --set model.continuation=16 --set train.precision=f32
-close "$(captured synth-lend-f32)" "$(captured synth-lend-cpu)" 0.01 "continuation, f32 op by op"
-train synth lend-bf16 cuda --set model.continuation=16
-close "$(captured synth-lend-bf16)" "$(captured synth-lend-cpu)" 0.01 "continuation, bf16"
-train mini lend-cpu cpu --set model.continuation=16
-train mini lend-bf16 cuda --set model.continuation=16
-close "$(captured mini-lend-bf16)" "$(captured mini-lend-cpu)" 0.01 "continuation, mini teacher, bf16"
-# Votes, sampled, shuffled: a pool of all documents against one that rotates; the order is that of the small pool in both, so that they
-# must agree with the CPU's sampling too.
-votes=(--set loss.kind=focal --set loss.on=layer --set sample.candidates=sampled --set sample.order=shuffled --set train.pool_mib=8)
-train synth votes-cpu cpu "${votes[@]}"
+train synth lend-f32 cuda "${lend[@]}" --set train.precision=f32
+# Votes, sampled, shuffled: a pool that rotates, whose order is that of the small pool on the CPU too, so that they must agree.
 train synth votes-gpu cuda "${votes[@]}"
 train synth votes-two cuda "${votes[@]}"
 same synth-votes-gpu synth-votes-two
-close "$(captured synth-votes-gpu)" "$(captured synth-votes-cpu)" 0.01 "votes, rotating pool"
+
+like_cpu synth-votes-gpu synth-votes-cpu 0.01 "votes, rotating pool"
+for data in synth mini; do
+    like_cpu $data-bf16 $data-cpu 0.005 "$data bf16"
+    like_cpu $data-fp8 $data-cpu 0.02 "$data fp8 queries"
+    like_cpu $data-short $data-cpu 0.01 "$data bf16 moments"
+    like_cpu $data-f32 $data-cpu 0.005 "$data f32 op by op"
+    like_cpu $data-lend-bf16 $data-lend-cpu 0.01 "$data continuation, bf16"
+done
+like_cpu synth-lend-f32 synth-lend-cpu 0.01 "synth continuation, f32 op by op"
