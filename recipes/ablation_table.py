@@ -10,17 +10,21 @@ import random
 import sys
 from collections import defaultdict
 
-COLUMNS = [("recalled", "answers recalled", 3), ("nll_replay_diff", "replays, nats over full", 3), ("nll_other_diff", "other text, nats over full", 4),
+COLUMNS = [("recalled", "answers recalled", 3), ("replay_over", "replays, nats over full", 3), ("other_over", "other text, nats over full", 4),
            ("captured", "mass captured", 3)]
 
 
 def read(path):
     cells = defaultdict(lambda: defaultdict(list))  # (name, budget) -> document -> rows of the seeds
     with open(path, encoding="utf-8") as f:
-        for line in f:
-            r = json.loads(line)
-            name = r["policy"] if r["variant"] == "-" else f"lsa, {r['variant']}"
-            cells[name, r["budget"] if r["policy"] not in ("full", "dense") else None][r["document"]].append(r)
+        rows = [json.loads(line) for line in f]
+    full = {r["document"]: r for r in rows if r["policy"] == "full"}
+    for r in rows:
+        for part in ("replay", "other"):
+            both = [x.get(f"nll_{part}") for x in (r, full[r["document"]])]
+            r[f"{part}_over"] = None if None in both else both[0] - both[1]
+        name = r["policy"] if r["variant"] == "-" else f"lsa, {r['variant']}"
+        cells[name, r["budget"] if r["policy"] not in ("full", "dense") else None][r["document"]].append(r)
     return cells
 
 

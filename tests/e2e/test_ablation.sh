@@ -45,6 +45,9 @@ for variant in ("default", "plain"):
     each = sorted(sum(r["captured"] for r in mine if r["document"] == d) / 2 for d in (4, 5))
     assert f"{mean:.3f} [{each[0]:.3f}, {each[1]:.3f}]" in line, (line, mean, each)
     assert line.endswith("| 2, 2 |"), line
+    full = {r["document"]: r for r in rows if r["policy"] == "full"}
+    over = sum(r["nll_other"] - full[r["document"]]["nll_other"] for r in mine) / 4
+    assert f"| {over:.4f} [" in line, (line, over)
 assert len({r["captured"] for r in rows if r["variant"] != "-"}) > 4, "variants and seeds do not differ"
 PY
 grep -q "model.continuation: 0" "$work/out/plain-1/recipe.yaml" && grep -q "seed: 2" "$work/out/plain-2/recipe.yaml"
