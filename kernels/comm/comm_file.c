@@ -49,9 +49,10 @@ typedef struct transfer {
 } transfer;
 
 static lsa_status broken(lsa_comm *c, const char *what, lsa_err *err) {
+    const int why = errno;
     /* the side channel knows which rank it is */
     if (lsa_beat_await(c->beat, 2 * c->deadline_s)) return lsa_beat_check(c->beat, err);
-    LSA_RET_FAIL(LSA_E_COMM, "%s failed: %s", what, errno ? strerror(errno) : "the connection closed");
+    LSA_RET_FAIL(LSA_E_COMM, "%s failed: %s", what, why ? strerror(why) : "the connection closed");
 }
 
 /* Some bytes of one transfer: 1, or 0 if it must wait, or -1. */
