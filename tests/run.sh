@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs, builds and runs all that this machine can run. The last lines say what passed, failed and was skipped.
-#   tests/run.sh          everything (about 20 minutes on 2 cores)
+#   tests/run.sh          everything (about 22 minutes on 2 cores)
 #   tests/run.sh quick    one build, the fast labels only
 set -euo pipefail
 cd "$(dirname "$0")/.."
