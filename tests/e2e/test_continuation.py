@@ -13,20 +13,14 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-sys.path.insert(0, "export/abi")
+sys.path[:0] = ["export/abi", "tests/testkit"]
 import retrieve_topk as r
+from small_run import BIN, STEP as step, resumes_alike, run, same, train
 
-BIN, BUILD = os.environ["LSA_BIN"], os.environ["LSA_BUILD"]
+BUILD = os.environ["LSA_BUILD"]
 os.environ["OMP_NUM_THREADS"] = "2"
-REACH, STEPS = 5, 12
+REACH = 5
 work = tempfile.mkdtemp(prefix="lsa-continuation-")
-
-
-def run(program, *args, code=0, say=""):
-    p = subprocess.run([f"{BIN}/{program}", *args], capture_output=True, text=True)
-    if p.returncode != code or say not in p.stdout + p.stderr:
-        sys.exit(f"{program} {' '.join(args)}: exit {p.returncode}, expected {code} and '{say}'\n{p.stdout}{p.stderr}")
-    return p.stdout
 
 
 def load(path):
@@ -39,41 +33,21 @@ def continued(z, b):
     return np.array([max(z[c - j] - (np.float32(b[j - 1]) if j else np.float32(0)) for j in range(min(len(b), c) + 1)) for c in range(len(z))], np.float32)
 
 
-def train(out, *sets, code=0, say="", more=()):
-    args = ["run", "--recipe", "recipes/smoke.yaml", "--data", f"{work}/shards", "--out", out, "--device", "cpu", *more]
-    for s in (f"train.steps={STEPS}", "train.save_every=4", "train.keep=9", "train.eval_every=4", "data.virtual_shards=2", *sets):
-        args += ["--set", s]
-    return run("lsa-train", *args, code=code, say=say)
-
-
-def same(a, b):
-    if open(a, "rb").read() != open(b, "rb").read():
-        sys.exit(f"{a} and {b} differ")
-
-
 def training():
     run("lsa-dump", "synth", "--out", f"{work}/shards", "--docs", "8", "--tokens", "1024", "--layers", "3", "--hidden", "32")
-    train(f"{work}/run", f"model.continuation={REACH}")
-    step = f"ckpt/step_{STEPS:08d}"
+    train(work, f"{work}/run", f"model.continuation={REACH}")
     tensors, meta = load(f"{work}/run/{step}/model.safetensors")
     moments, _ = load(f"{work}/run/{step}/optim.safetensors")
     b = tensors["continuation"]
     assert b.shape == (REACH,) and (b >= 0).all() and json.loads(meta["lsa.geometry"])["continuation"] == REACH
     assert (moments["v.continuation"] > 0).any(), "no cost has moved: the test sees nothing"
-    # a run that lost its last steps writes the same bytes
-    shutil.copytree(f"{work}/run", f"{work}/again")
-    shutil.rmtree(f"{work}/again/{step}")
-    os.path.exists(f"{work}/again/ckpt/best") and os.remove(f"{work}/again/ckpt/best")
-    open(f"{work}/again/ckpt/latest", "w").write(f"step_{STEPS - 4:08d}\n")
-    run("lsa-train", "resume", f"{work}/again", "--device", "cpu")
-    for f in ("model.safetensors", "optim.safetensors"):
-        same(f"{work}/run/{step}/{f}", f"{work}/again/{step}/{f}")
+    resumes_alike(work)
     e = json.loads(run("lsa-train", "eval", f"{work}/run/ckpt/latest", "--data", f"{work}/shards", "--held-out", "--device", "cpu", "--json"))
     rows = e if "plain" in e else e["eval"]
     assert rows["plain"] != rows["sum"]
-    train(f"{work}/none", f"model.continuation={REACH}", "sample.candidates=sampled", code=2, say="sample.candidates: all")
-    train(f"{work}/none", "model.continuation=4", more=("--init", f"{work}/run"), code=2, say=f"set model.continuation: {REACH}")
-    train(f"{work}/longer", f"model.continuation={REACH + 2}", "optim.lr=0", "optim.min_lr=0", more=("--init", f"{work}/run/ckpt/latest"))
+    train(work, f"{work}/none", f"model.continuation={REACH}", "sample.candidates=sampled", code=2, say="sample.candidates: all")
+    train(work, f"{work}/none", "model.continuation=4", more=("--init", f"{work}/run"), code=2, say=f"set model.continuation: {REACH}")
+    train(work, f"{work}/longer", f"model.continuation={REACH + 2}", "optim.lr=0", "optim.min_lr=0", more=("--init", f"{work}/run/ckpt/latest"))
     longer, _ = load(f"{work}/longer/{step}/model.safetensors")
     assert (longer["continuation"][:REACH] == b).all() and (longer["continuation"][REACH:] > 0).all()
     return b

@@ -4,22 +4,14 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 
-BIN = os.environ["LSA_BIN"]
+sys.path.insert(0, "tests/testkit")
+from small_run import STEP as step, resumes_alike, run, same, train
+
 os.environ["OMP_NUM_THREADS"] = "2"
-STEPS = 12
 work = tempfile.mkdtemp(prefix="lsa-prior-")
-step = f"ckpt/step_{STEPS:08d}"
-
-
-def run(program, *args, code=0, say=""):
-    p = subprocess.run([f"{BIN}/{program}", *args], capture_output=True, text=True)
-    if p.returncode != code or say not in p.stdout + p.stderr:
-        sys.exit(f"{program} {' '.join(args)}: exit {p.returncode}, expected {code} and '{say}'\n{p.stdout}{p.stderr}")
-    return p.stdout + p.stderr
 
 
 def header(path):
@@ -34,43 +26,24 @@ def tensor(path, name):
     return struct.unpack(f"<{(b - a) // 4}f", data[a:b])
 
 
-def train(out, *sets, code=0, say="", more=()):
-    args = ["run", "--recipe", "recipes/smoke.yaml", "--data", f"{work}/shards", "--out", out, "--device", "cpu", *more]
-    for s in (f"train.steps={STEPS}", "train.save_every=4", "train.keep=9", "train.eval_every=4", "data.virtual_shards=2", *sets):
-        args += ["--set", s]
-    return run("lsa-train", *args, code=code, say=say)
-
-
-def same(a, b):
-    if open(a, "rb").read() != open(b, "rb").read():
-        sys.exit(f"{a} and {b} differ")
-
-
 def training():
     run("lsa-dump", "synth", "--out", f"{work}/shards", "--docs", "8", "--tokens", "1024", "--layers", "3", "--hidden", "32")
-    train(f"{work}/run", "model.prior=true", "model.continuation=3")
+    train(work, f"{work}/run", "model.prior=true", "model.continuation=3")
     w = tensor(f"{work}/run/{step}/model.safetensors", "prior")
     assert len(w) == 2 and json.loads(header(f"{work}/run/{step}/model.safetensors")[0]["__metadata__"]["lsa.geometry"])["prior"] is True
     assert all(v > 0 for v in tensor(f"{work}/run/{step}/optim.safetensors", "v.prior")), "no weight has moved: the test sees nothing"
-    # a run that lost its last steps writes the same bytes
-    shutil.copytree(f"{work}/run", f"{work}/again")
-    shutil.rmtree(f"{work}/again/{step}")
-    os.path.exists(f"{work}/again/ckpt/best") and os.remove(f"{work}/again/ckpt/best")
-    open(f"{work}/again/ckpt/latest", "w").write(f"step_{STEPS - 4:08d}\n")
-    run("lsa-train", "resume", f"{work}/again", "--device", "cpu")
-    for f in ("model.safetensors", "optim.safetensors"):
-        same(f"{work}/run/{step}/{f}", f"{work}/again/{step}/{f}")
+    resumes_alike(work)
     said = run("lsa-train", "eval", f"{work}/run/ckpt/latest", "--data", f"{work}/shards", "--held-out", "--device", "cpu", say="observed mass added, continued over 3 chunks")
     assert "plain: without both" in said
     # off is off: the key left out and false give the same bytes
-    train(f"{work}/off", "model.prior=false")
-    train(f"{work}/absent")
+    train(work, f"{work}/off", "model.prior=false")
+    train(work, f"{work}/absent")
     for f in ("model.safetensors", "optim.safetensors"):
         same(f"{work}/off/{step}/{f}", f"{work}/absent/{step}/{f}")
-    train(f"{work}/none", "model.prior=true", "sample.candidates=sampled", code=2, say="sample.candidates: all")
-    train(f"{work}/none", "model.prior=true", "window.stride=16", code=2, say="multiple of window.tau")
-    train(f"{work}/none", "model.continuation=3", more=("--init", f"{work}/run"), code=2, say="set model.prior: true")
-    train(f"{work}/more", "model.prior=true", "model.continuation=3", "optim.lr=0", "optim.min_lr=0", more=("--init", f"{work}/run/ckpt/latest"))
+    train(work, f"{work}/none", "model.prior=true", "sample.candidates=sampled", code=2, say="sample.candidates: all")
+    train(work, f"{work}/none", "model.prior=true", "window.stride=16", code=2, say="multiple of window.tau")
+    train(work, f"{work}/none", "model.continuation=3", more=("--init", f"{work}/run"), code=2, say="set model.prior: true")
+    train(work, f"{work}/more", "model.prior=true", "model.continuation=3", "optim.lr=0", "optim.min_lr=0", more=("--init", f"{work}/run/ckpt/latest"))
     assert tensor(f"{work}/more/{step}/model.safetensors", "prior") == w
     return w
 
