@@ -55,9 +55,13 @@ decode_all() { # variant seed indexer policies
         set -euo pipefail
         end=$(({} + 1))
         "$1/lsa-decode" validate --teacher "$2" --tokens "$3" --needs "$4" --documents {}:$end --budget "$5" --tau 64 --tail 256 --json --policy "$6" ${7:+--indexer "$7"} \
-            ${10:+--device "${10}"} 2>/dev/null | sed "s/^{/{\"variant\": \"$8\", \"seed\": $9, \"document\": {}, /" >"${11}/part.{}"
+            ${10:+--device "${10}"} 2>"${11}/part.{}.log" | sed "s/^{/{\"variant\": \"$8\", \"seed\": $9, \"document\": {}, /" >"${11}/part.{}" || {
+            tail -n 3 "${11}/part.{}.log" >&2
+            echo "ablation: $8, seed $9, document {}: decoding failed" >&2
+            exit 1
+        }
         ' _ "$bin" "$teacher" "$tokens" "$index" "$budgets" "$4" "$3" "$1" "$2" "$decode" "$out"
-    for d in "${list[@]}"; do cat "$out/part.$d" >>"$lines"; rm "$out/part.$d"; done
+    for d in "${list[@]}"; do cat "$out/part.$d" >>"$lines"; rm "$out/part.$d" "$out/part.$d.log"; done
 }
 
 decode_all - 0 "" full,oracle,recency,random,last,last-spread
@@ -72,7 +76,8 @@ for seed in $seeds; do
             rm -rf "$run"
             "$bin/lsa-train" run --recipe "$recipe" --data "$data" --out "$run" --device "$device" --set train.seed="$seed" "${sets[@]}" "${more[@]}" >"$out/$name-$seed.log" 2>&1 ||
                 { tail -n 3 "$out/$name-$seed.log" >&2; echo "$0: variant $name, seed $seed: training failed" >&2; exit 1; }
-            "$bin/lsa-export" write "$run" --out "$run/indexer" >/dev/null 2>&1
+            "$bin/lsa-export" write "$run" --out "$run/indexer" >>"$out/$name-$seed.log" 2>&1 ||
+                { tail -n 3 "$out/$name-$seed.log" >&2; echo "$0: variant $name, seed $seed: export failed" >&2; exit 1; }
         fi
         decode_all "$name" "$seed" "$run/indexer" lsa
         echo "$name, seed $seed: $(tail -n 1 "$run/metrics.jsonl" | cut -c1-160)" >&2
