@@ -13,42 +13,10 @@
 
 #include "kernels/core/file.h"
 #include "kernels/core/mem.h"
-#include "tests/testkit/hand_shards.h"
-#include "trainer/step.h"
+#include "tests/testkit/train_rig.h"
 
 enum { REACH = 5 };
 static char g_dir[64];
-
-typedef struct rig {
-    lsa_recipe r;
-    lsa_indexer_geom g;
-    lsa_ctx *ctx;
-    lsa_comm *comm;
-    lsa_source *s;
-    lsa_order *o;
-    lsa_trainer *t;
-    lsa_batch b;
-    lsa_cursor c;
-    float *p, *grad;
-    int64_t n, costs;
-} rig;
-
-static void ok(lsa_status st, const lsa_err *err) {
-    if (st != LSA_OK) fail_msg("%s", err->msg);
-}
-
-static void close_trainer(rig *x) {
-    lsa_trainer_destroy(x->t);
-    x->t = NULL;
-}
-/* A trainer that begins with x->p. */
-static void open_trainer(rig *x) {
-    lsa_err err = {0};
-    close_trainer(x);
-    ok(lsa_trainer_create(&x->t, x->ctx, x->comm, lsa_order_share(x->o), &x->r, &x->g, x->p, NULL, NULL, 0,
-                          &err),
-       &err);
-}
 
 static void open_rig(rig *x, int32_t reach, bool shards, const char *more) {
     char text[48];
@@ -63,43 +31,10 @@ static void open_rig(rig *x, int32_t reach, bool shards, const char *more) {
                          "train.device_unused",
                          "data.virtual_shards=2",
                          more};
-    lsa_err err = {0};
-    memset(x, 0, sizeof *x);
     snprintf(text, sizeof text, "model.continuation=%d", reach);
     set[8] = text;
     if (!shards) set[9] = "data.virtual_shards=1";
-    ok(lsa_recipe_load(&x->r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, more ? 11 : 10, &err), &err);
-    ok(lsa_recipe_check(&x->r, &err), &err);
-    x->g = (lsa_indexer_geom){.hidden = HAND_HIDDEN,
-                              .n_head = 16,
-                              .head_dim = 128,
-                              .rank = 4,
-                              .eps = 1e-6f,
-                              .n_layer = HAND_LAYERS,
-                              .reach = reach};
-    x->g.rope = (lsa_rope){
-        .dim = 64, .base = 160000, .factor = 16, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
-    for (int32_t l = 0; l < HAND_LAYERS; l++) x->g.ord[l].v = l, x->g.id[l].v = 2 * l + 1;
-    x->n = lsa_indexer_n_param(&x->g);
-    x->costs = lsa_indexer_costs_at(&x->g);
-    assert_int_equal(LSA_NEW(x->p, x->n, NULL), LSA_OK);
-    assert_int_equal(LSA_NEW(x->grad, x->n, NULL), LSA_OK);
-    lsa_indexer_init_random(x->p, &x->g, 5);
-    ok(lsa_ctx_create(&x->ctx, "cpu", &err), &err);
-    if (shards) ok(lsa_comm_open(&x->comm, &(lsa_comm_opts){.ranks = "self", .deadline_s = 60}, &err), &err);
-    ok(lsa_source_open(&x->s, g_dir, &x->r, &x->g, true, &err), &err);
-    ok(lsa_order_create(&x->o, x->s, &x->r, 0, 1, &err), &err);
-    open_trainer(x);
-}
-static void close_rig(rig *x) {
-    close_trainer(x);
-    lsa_batch_fini(&x->b);
-    lsa_order_destroy(x->o);
-    lsa_source_close(x->s);
-    lsa_comm_close(x->comm, LSA_OK, NULL);
-    lsa_ctx_destroy(x->ctx);
-    lsa_free(x->p);
-    lsa_free(x->grad);
+    open_train_rig(x, g_dir, set, more ? 11 : 10, reach, false, shards, true);
 }
 static void set_costs(rig *x, float first, float more) {
     for (int32_t j = 0; j < x->g.reach; j++) x->p[x->costs + j] = first + more * (float)j;
@@ -107,13 +42,8 @@ static void set_costs(rig *x, float first, float more) {
 
 /* One step on the next windows (again: on the same). */
 static lsa_step_result step(rig *x, bool again, int64_t number) {
-    lsa_step_result out;
-    lsa_err err = {0};
-    if (!again) ok(lsa_batch_next(&x->b, x->s, x->o, &x->r, &x->g, &x->c, &err), &err);
-    ok(lsa_trainer_step(&out, x->t, &x->b, number, &err), &err);
-    ok(lsa_trainer_grad(x->t, x->grad, &err), &err);
-    assert_false(out.skipped);
-    return out;
+    if (!again) next_batch(x);
+    return step_rig(x, number);
 }
 static void params(rig *x, float *p) {
     lsa_err err = {0};

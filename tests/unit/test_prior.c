@@ -17,42 +17,12 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/rng.h"
 #include "kernels/prior.h"
-#include "tests/testkit/hand_shards.h"
+#include "tests/testkit/train_rig.h"
 #include "trainer/observer.h"
-#include "trainer/step.h"
 
 enum { TAU = 64, PLANT_DOC = 1, PLANT = 384 }; /* the window that is planted */
 static int g_stride = TAU;                     /* of the rigs */
 static char g_dir[2][64];                      /* without and with planted masses */
-
-typedef struct rig {
-    lsa_recipe r;
-    lsa_indexer_geom g;
-    lsa_ctx *ctx;
-    lsa_comm *comm;
-    lsa_source *s;
-    lsa_order *o;
-    lsa_trainer *t;
-    lsa_batch b;
-    lsa_cursor c;
-    float *p, *grad;
-    int64_t n, at;
-} rig;
-
-static void ok(lsa_status st, const lsa_err *err) {
-    if (st != LSA_OK) fail_msg("%s", err->msg);
-}
-static void close_trainer(rig *x) {
-    lsa_trainer_destroy(x->t);
-    x->t = NULL;
-}
-static void open_trainer(rig *x) {
-    lsa_err err = {0};
-    close_trainer(x);
-    ok(lsa_trainer_create(&x->t, x->ctx, x->comm, lsa_order_share(x->o), &x->r, &x->g, x->p, NULL, NULL, 0,
-                          &err),
-       &err);
-}
 
 /* batch: windows of a step. more: one more setting. */
 static void open_rig(rig *x, const char *dir, bool prior, int32_t reach, int batch, bool shards,
@@ -70,56 +40,14 @@ static void open_rig(rig *x, const char *dir, bool prior, int32_t reach, int bat
                          text[1],
                          text[2],
                          more};
-    lsa_err err = {0};
-    memset(x, 0, sizeof *x);
     snprintf(text[0], sizeof text[0], "model.continuation=%d", reach);
     snprintf(text[1], sizeof text[1], "train.batch=%d", batch);
     snprintf(text[2], sizeof text[2], "window.stride=%d", g_stride);
-    ok(lsa_recipe_load(&x->r, lsa_recipe_keys, lsa_recipe_n_key, NULL, set, more ? 12 : 11, &err), &err);
-    ok(lsa_recipe_check(&x->r, &err), &err);
-    x->g = (lsa_indexer_geom){.hidden = HAND_HIDDEN,
-                              .n_head = 16,
-                              .head_dim = 128,
-                              .rank = 4,
-                              .eps = 1e-6f,
-                              .n_layer = HAND_LAYERS,
-                              .reach = reach,
-                              .prior = prior};
-    x->g.rope = (lsa_rope){
-        .dim = 64, .base = 160000, .factor = 16, .original_len = 65536, .beta_fast = 32, .beta_slow = 1};
-    for (int32_t l = 0; l < HAND_LAYERS; l++) x->g.ord[l].v = l, x->g.id[l].v = 2 * l + 1;
-    x->n = lsa_indexer_n_param(&x->g);
-    x->at = lsa_indexer_prior_at(&x->g);
-    assert_int_equal(LSA_NEW(x->p, x->n, NULL), LSA_OK);
-    assert_int_equal(LSA_NEW(x->grad, x->n, NULL), LSA_OK);
-    lsa_indexer_init_random(x->p, &x->g, 5);
-    ok(lsa_ctx_create(&x->ctx, "cpu", &err), &err);
-    if (shards) ok(lsa_comm_open(&x->comm, &(lsa_comm_opts){.ranks = "self", .deadline_s = 60}, &err), &err);
-    ok(lsa_source_open(&x->s, dir, &x->r, &x->g, !prior, &err), &err); /* a prior needs masses itself */
-    ok(lsa_order_create(&x->o, x->s, &x->r, 0, 1, &err), &err);
-    open_trainer(x);
-}
-static void close_rig(rig *x) {
-    close_trainer(x);
-    lsa_batch_fini(&x->b);
-    lsa_order_destroy(x->o);
-    lsa_source_close(x->s);
-    lsa_comm_close(x->comm, LSA_OK, NULL);
-    lsa_ctx_destroy(x->ctx);
-    lsa_free(x->p);
-    lsa_free(x->grad);
-}
-static void next(rig *x) {
-    lsa_err err = {0};
-    ok(lsa_batch_next(&x->b, x->s, x->o, &x->r, &x->g, &x->c, &err), &err);
+    open_train_rig(x, dir, set, more ? 12 : 11, reach, prior, shards,
+                   !prior); /* a prior needs masses itself */
 }
 static lsa_step_result step(rig *x) {
-    lsa_step_result out;
-    lsa_err err = {0};
-    ok(lsa_trainer_step(&out, x->t, &x->b, 0, &err), &err);
-    ok(lsa_trainer_grad(x->t, x->grad, &err), &err);
-    assert_false(out.skipped);
-    return out;
+    return step_rig(x, 0);
 }
 
 /* The state of one document, once more. */
@@ -155,7 +83,7 @@ static void test_after_prompt(void **state) {
     open_rig(&x, g_dir[0], true, 0, 1, false, NULL);
     for (int k = 0; k < 30; k++) {
         history s = {{0}, {0}};
-        next(&x);
+        next_batch(&x);
         step(&x);
         for (int64_t w = 0; w + TAU <= x.b.start[0]; w += TAU) slow_window(&s, x.b.doc[0], w, 0, NULL);
         check_row(&x, 0, &s, seen);
@@ -176,7 +104,7 @@ static void test_runs(void **state) {
     open_trainer(&x);
     for (int k = 0; k < 4; k++) {
         history s = {{0}, {0}};
-        next(&x);
+        next_batch(&x);
         const lsa_batch *b = &x.b;
         assert_int_equal(LSA_NEW(z, HAND_LAYERS * b->m * b->n, NULL), LSA_OK);
         assert_int_equal(lsa_trainer_score(x.t, b, z, NULL), LSA_OK);
@@ -230,7 +158,7 @@ static void test_leak(void **state) {
     int found = 0;
     for (int k = 0; k < 2; k++) open_rig(&x[k], g_dir[k], true, 3, 1, false, "loss.kind=bce");
     for (int i = 0; i < 60; i++) {
-        for (int k = 0; k < 2; k++) next(&x[k]);
+        for (int k = 0; k < 2; k++) next_batch(&x[k]);
         assert_true(x[0].b.doc[0] == x[1].b.doc[0] && x[0].b.start[0] == x[1].b.start[0]);
         if (x[0].b.doc[0] != PLANT_DOC) continue;
         const int64_t s = x[0].b.start[0];
@@ -252,7 +180,7 @@ static void test_leak_runs(void **state) {
     for (int k = 0; k < 2; k++) open_rig(&x[k], g_dir[k], true, 3, 8, false, "loss.kind=bce");
     for (int i = 0; i < 8; i++) {
         for (int k = 0; k < 2; k++) {
-            next(&x[k]);
+            next_batch(&x[k]);
             open_trainer(&x[k]);
             step(&x[k]);
         }
@@ -286,7 +214,7 @@ static void test_slopes(void **state) {
         for (int32_t j = 0; j < x.g.reach; j++) x.p[lsa_indexer_costs_at(&x.g) + j] = 0.3f + 0.21f * (float)j;
         x.p[x.at] = 0.4f, x.p[x.at + 1] = -0.2f;
         open_trainer(&x);
-        next(&x);
+        next_batch(&x);
         step(&x);
         const float want[] = {x.grad[x.at], x.grad[x.at + 1]};
         for (int w = 0; w < 2; w++) {
@@ -324,7 +252,7 @@ static void test_nothing_added(void **state) {
         assert_true(b.p[b.at] == LSA_PRIOR_START && b.p[b.at + 1] == LSA_PRIOR_START);
         b.p[b.at] = b.p[b.at + 1] = 0;
         open_trainer(&b);
-        next(&a), next(&b);
+        next_batch(&a), next_batch(&b);
         const double loss = step(&a).loss;
         assert_true(loss > 0.1 && step(&b).loss == loss);
         assert_memory_equal(a.grad, b.grad, (size_t)a.n * sizeof *a.grad);
@@ -341,7 +269,7 @@ static void test_parts(void **state) {
     open_rig(&parts, g_dir[0], true, 5, 8, true, NULL);
     for (int64_t i = 0; i < lsa_indexer_costs_at(&parts.g); i++) parts.p[i] *= 0.5f;
     open_trainer(&parts);
-    next(&parts);
+    next_batch(&parts);
     step(&parts);
     whole = parts;
     whole.comm = NULL;
