@@ -29,8 +29,7 @@ lsa_status lsa_gpu_model_create(lsa_gpu_model **out, lsa_ctx *ctx, const lsa_eng
     lsa_status st = LSA_OK;
     lsa_gpu_model *g = NULL;
     const lsa_gpu_teacher_geom geom = lsa_gpu_geom_of(e);
-    const lsa_gpu_teacher_tables tables = {e->freq_main, e->freq_comp,  e->embed,        e->head,
-                                           e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
+    const lsa_gpu_teacher_tables tables = lsa_gpu_tables_of(e);
     *out = NULL;
     LSA_TRY(LSA_NEW(g, 1, err));
     g->e = e;

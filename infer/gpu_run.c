@@ -83,13 +83,17 @@ lsa_gpu_layer_weights lsa_gpu_weights_of(const layer_weights *w, int32_t ratio) 
                                    .w2 = w->w2};
 }
 
+lsa_gpu_teacher_tables lsa_gpu_tables_of(const lsa_engine *e) {
+    return (lsa_gpu_teacher_tables){e->freq_main, e->freq_comp,  e->embed,        e->head,
+                                    e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
+}
+
 lsa_status lsa_gpu_run_create(lsa_gpu_run **out, lsa_ctx *ctx, const lsa_engine *e, int64_t max_tokens,
                               int64_t chunk, bool stream, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_run *x = NULL;
     const lsa_gpu_teacher_geom g = lsa_gpu_geom_of(e);
-    const lsa_gpu_teacher_tables tables = {e->freq_main, e->freq_comp,  e->embed,        e->head,
-                                           e->norm,      e->hc_head_fn, e->hc_head_base, e->hc_head_scale};
+    const lsa_gpu_teacher_tables tables = lsa_gpu_tables_of(e);
     *out = NULL;
     LSA_TRY(LSA_NEW(x, 1, err));
     x->ctx = ctx;
