@@ -28,7 +28,7 @@ typedef struct lsa_recipe {
     bool exclude_resident, causal, prior;
     int64_t loss, target, ensemble;
     bool weighted, trivial, by_mass, balance;
-    double smoothing, margin;
+    double smoothing, margin, sharpen;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
     int64_t warmup, schedule, moments, exchange;
     bool decay_norm, zero1;

@@ -2,6 +2,7 @@
  * vector of its own first token instead of the token before it. */
 #include "trainer/source.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "kernels/core/dtype.h"
@@ -300,8 +301,10 @@ lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc
     return LSA_OK;
 }
 
-/* mass[c] = what the rows of the window hold on chunk c, over all layers, in row order within a layer. */
-static void sum_mass(float *mass, const lsa_csr *layer, const lsa_train_doc *d, const lsa_window *w) {
+/* mass[c] = what the rows of the window hold on chunk c, to this power, over all layers, in row order within a
+ * layer. */
+static void sum_mass(float *mass, const lsa_csr *layer, double power, const lsa_train_doc *d,
+                     const lsa_window *w) {
     const int64_t start = w->start - d->info.first_position, end = w->end - d->info.first_position;
     memset(mass, 0, (size_t)w->n_cand * sizeof *mass);
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) {
@@ -315,7 +318,10 @@ static void sum_mass(float *mass, const lsa_csr *layer, const lsa_train_doc *d, 
             while (b < m->n_row && m->row[b] < end) b++;
         }
         for (int64_t j = m->begin[a]; j < m->begin[b]; j++)
-            if (m->chunk[j] < w->n_cand) mass[m->chunk[j]] += lsa_f16_to_f32(m->mass[j]);
+            if (m->chunk[j] < w->n_cand) {
+                const float x = lsa_f16_to_f32(m->mass[j]);
+                mass[m->chunk[j]] += power == 1 ? x : powf(x, (float)power);
+            }
     }
 }
 
@@ -330,11 +336,11 @@ void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const ls
             if (c < w->n_cand && v >= s->r->min_layers && v > votes[c]) votes[c] = v;
         }
     }
-    if (mass) sum_mass(mass, d->mass, d, w);
+    if (mass) sum_mass(mass, d->mass, s->r->sharpen, d, w);
 }
 
 void lsa_window_native(float *mass, const lsa_train_doc *d, const lsa_window *w) {
     bool apart = false;
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) apart = apart || d->native[o].n_row > 0;
-    sum_mass(mass, apart ? d->native : d->mass, d, w);
+    sum_mass(mass, apart ? d->native : d->mass, 1, d, w);
 }

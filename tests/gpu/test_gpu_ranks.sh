@@ -52,8 +52,9 @@ for how in "--ranks self" "--ranks mpi" "--ranks mpi --set optim.zero1=true" "--
     mpirun --bind-to none -n 1 "$bin/lsa-train" bench --case train --no-verify --set train.batch=256 $how 2>/dev/null | grep '"bench": "train"'
 done
 
-if command -v compute-sanitizer >/dev/null; then # a communicator of one, so NCCL's own kernels do nothing
-    mpirun --bind-to none -n 1 compute-sanitizer --tool memcheck "$bin/lsa-train" bench --case train --ranks mpi --layers 2 --heads 32 --rank 64 --hidden 128 \
+if command -v compute-sanitizer >/dev/null; then # a communicator of one, so NCCL's own kernels do nothing. NCCL asks the driver
+    # for kernels that this GPU may not have and takes no for an answer: that is an API error, not one of memory.
+    mpirun --bind-to none -n 1 compute-sanitizer --tool memcheck --report-api-errors no "$bin/lsa-train" bench --case train --ranks mpi --layers 2 --heads 32 --rank 64 --hidden 128 \
         --candidates 200 --chunks 300 --steps 2 --no-verify --set train.batch=8 --set optim.zero1=true --set optim.exchange=bf16 >"$work/log" 2>&1 ||
         { cat "$work/log"; exit 1; }
     grep -q 'ERROR SUMMARY: 0 errors' "$work/log" || { cat "$work/log"; exit 1; }

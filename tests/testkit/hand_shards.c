@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -134,9 +135,12 @@ uint8_t hand_votes(int64_t doc, int64_t a, int64_t b, int64_t c, int64_t min_lay
     return best;
 }
 double hand_mass(int64_t doc, int64_t a, int64_t b, int64_t c) {
+    return hand_power(doc, a, b, c, 1);
+}
+double hand_power(int64_t doc, int64_t a, int64_t b, int64_t c, double power) {
     double m = 0;
     for (int l = 0; l < HAND_LAYERS; l++)
-        for (int64_t t = a; t < b; t++) m += (double)g_mass[doc][l][t][c];
+        for (int64_t t = a; t < b; t++) m += pow((double)g_mass[doc][l][t][c], power);
     return m;
 }
 bool hand_trivial(int64_t doc, int64_t c, int64_t min_layers) {

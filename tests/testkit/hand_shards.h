@@ -25,6 +25,8 @@ void hand_shards(const char *dir, int32_t hidden_stride);
  * whether over 80 % of the document's tokens hold c golden. */
 uint8_t hand_votes(int64_t doc, int64_t a, int64_t b, int64_t c, int64_t min_layers);
 double hand_mass(int64_t doc, int64_t a, int64_t b, int64_t c);
+/* The same of each token's mass to this power. */
+double hand_power(int64_t doc, int64_t a, int64_t b, int64_t c, double power);
 bool hand_trivial(int64_t doc, int64_t c, int64_t min_layers);
 
 #endif

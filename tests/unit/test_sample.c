@@ -127,6 +127,34 @@ static void test_by_mass(void **state) {
     close_bench(&x);
 }
 
+/* loss.sharpen: the target is made of powers of the tokens' masses; evaluation goes on counting mass. */
+static void test_sharpen(void **state) {
+    (void)state;
+    bench x = {0};
+    const char *set[] = {LOOK[0], LOOK[1], LOOK[2], LOOK[3], "loss.sharpen=2"};
+    const lsa_train_doc *d;
+    lsa_window w;
+    lsa_err err = {0};
+    float native[256];
+    open_bench(&x, 64, set, 5);
+    next(&x);
+    for (int64_t i = 0; i < x.b.m; i++) {
+        const int64_t doc = x.b.doc[i], s = x.b.start[i], n = x.b.n_cand[i];
+        double total = 0;
+        for (int64_t c = 0; c < n; c++) total += hand_power(doc, s, s + 64, c, 2);
+        for (int64_t c = 0; c < n; c++) {
+            const double want = hand_power(doc, s, s + 64, c, 2) / total;
+            if (!(fabs((double)x.b.y[i * x.b.n + c] - want) <= 1e-6)) fail_msg("chunk %lld", (long long)c);
+        }
+    }
+    if (lsa_source_get(&d, x.s, 0, &err) != LSA_OK || lsa_window_at(&w, x.s, d, 0, &err) != LSA_OK)
+        fail_msg("%s", err.msg);
+    lsa_window_native(native, d, &w);
+    for (int64_t c = 0; c < w.n_cand; c++)
+        assert_true(fabs((double)native[c] - hand_mass(d->doc, w.start, w.end, c)) <= 1e-5);
+    close_bench(&x);
+}
+
 /* With votes over all candidates: labels, weights, counts; resident chunks come in when asked for. */
 static void test_lookahead_votes(void **state) {
     (void)state;
@@ -591,6 +619,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lookahead_kl),
         cmocka_unit_test(test_by_mass),
+        cmocka_unit_test(test_sharpen),
         cmocka_unit_test(test_lookahead_votes),
         cmocka_unit_test(test_lookahead_sampled),
         cmocka_unit_test(test_reference),
