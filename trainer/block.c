@@ -56,7 +56,7 @@ static lsa_status window_needs(needs *x, const lsa_source *s, const lsa_recipe *
     int64_t count = 0;
     if (!kl) lsa_window_needs(NULL, votes, s, d, w);
     if (kl) lsa_window_needs(mass, NULL, s, d, w);
-    if (eval && has_mass) lsa_window_native(mass, d, w);
+    if (eval && has_mass) lsa_window_native(mass, r->sharpen, d, w);
     for (int64_t c = 0; c < w->n_cand; c++)
         count += (!kl && votes[c]) || ((kl || (eval && has_mass)) && mass[c] > 0.0f);
     LSA_TRY(more(x, count, err));

@@ -151,7 +151,7 @@ static lsa_status group_scores(lsa_scores *row, const lsa_eval *e, const lsa_bat
             failed = true;
         } else {
             lsa_window_needs(NULL, votes, s, d, &w);
-            if (mass) lsa_window_native(mass, d, &w);
+            if (mass) lsa_window_native(mass, r->sharpen, d, &w);
             const float *recent = e->prior ? b->recent + i * b->n : NULL,
                         *memory = e->prior ? b->memory + i * b->n : NULL;
             if (window_scores(rows + i * e->n, e, z + i * b->n, b->m * b->n, recent, memory, votes, mass,

@@ -186,7 +186,7 @@ static lsa_status look_at(const lsa_look *how, void *row, lsa_seen *seen, const 
     LSA_TRY(LSA_NEW(votes, seen->n, NULL));
     if (m->info.has_mass) LSA_TRY(LSA_NEW(mass, seen->n, NULL));
     lsa_window_needs(NULL, votes, m->source, d, w);
-    if (mass) lsa_window_native(mass, d, w);
+    if (mass) lsa_window_native(mass, 1, d, w);
     seen->prior = prior;
     seen->votes = votes;
     seen->mass = mass;

@@ -84,7 +84,8 @@ const lsa_key lsa_recipe_keys[] = {
     PICK("loss.kind", loss, "kl", "kl|bce|focal|bpr|margin", "kl: to the window mass; the others: on votes"),
     PICK("loss.target", target, "native", "native|dense", "mass that kl aims at"),
     F64("loss.sharpen", sharpen, "1", 0.1, 8,
-        "kl: power of a token's mass on a chunk before a window's are added; above 1 the chunks that few tokens need much count for more than those that many need a little"),
+        "kl: power of a token's mass on a chunk before those of a window are added; above 1 a chunk that one token needs much counts for more than one that many need a little. "
+        "Evaluations of training count captured mass in the same power"),
     PICK("loss.on", ensemble, "sum", "sum|layer",
          "loss on the sum of the layers' logits, or mean of the layers' losses"),
     BOOL("loss.weighted", weighted, "false", "weight positives by votes"),

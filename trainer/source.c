@@ -301,8 +301,8 @@ lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc
     return LSA_OK;
 }
 
-/* mass[c] = what the rows of the window hold on chunk c, to this power, over all layers, in row order within a
- * layer. */
+/* mass[c] = what the rows of the window hold on chunk c, to this power, over all layers, in row order within
+ * a layer. */
 static void sum_mass(float *mass, const lsa_csr *layer, double power, const lsa_train_doc *d,
                      const lsa_window *w) {
     const int64_t start = w->start - d->info.first_position, end = w->end - d->info.first_position;
@@ -339,8 +339,8 @@ void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const ls
     if (mass) sum_mass(mass, d->mass, s->r->sharpen, d, w);
 }
 
-void lsa_window_native(float *mass, const lsa_train_doc *d, const lsa_window *w) {
+void lsa_window_native(float *mass, double power, const lsa_train_doc *d, const lsa_window *w) {
     bool apart = false;
     for (int32_t o = 0; o < LSA_MAX_CSA; o++) apart = apart || d->native[o].n_row > 0;
-    sum_mass(mass, apart ? d->native : d->mass, 1, d, w);
+    sum_mass(mass, apart ? d->native : d->mass, power, d, w);
 }

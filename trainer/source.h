@@ -59,12 +59,12 @@ typedef struct lsa_window {
 LSA_NODISCARD lsa_status lsa_window_at(lsa_window *w, const lsa_source *s, const lsa_train_doc *d, int64_t i,
                                        lsa_err *err);
 
-/* What a window needs, dense over its candidates: mass [n_cand] (summed over tokens and CSA layers, not
- * normalised; NULL to skip) and votes [n_cand] (largest vote of any token, 0 if below min_layers; NULL to
- * skip). Pure, thread-safe. */
+/* What a window needs, dense over its candidates: mass [n_cand] (each token's to the power loss.sharpen,
+ * summed over tokens and CSA layers, not normalised; NULL to skip) and votes [n_cand] (largest vote of any
+ * token, 0 if below min_layers; NULL to skip). Pure, thread-safe. */
 void lsa_window_needs(float *mass, uint8_t *votes, const lsa_source *s, const lsa_train_doc *d,
                       const lsa_window *w);
-/* Native mass [n_cand], whatever the training target is. */
-void lsa_window_native(float *mass, const lsa_train_doc *d, const lsa_window *w);
+/* Native mass [n_cand], each token's to this power, whatever the training target is. */
+void lsa_window_native(float *mass, double power, const lsa_train_doc *d, const lsa_window *w);
 
 #endif

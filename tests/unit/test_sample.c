@@ -149,7 +149,7 @@ static void test_sharpen(void **state) {
     }
     if (lsa_source_get(&d, x.s, 0, &err) != LSA_OK || lsa_window_at(&w, x.s, d, 0, &err) != LSA_OK)
         fail_msg("%s", err.msg);
-    lsa_window_native(native, d, &w);
+    lsa_window_native(native, 1, d, &w);
     for (int64_t c = 0; c < w.n_cand; c++)
         assert_true(fabs((double)native[c] - hand_mass(d->doc, w.start, w.end, c)) <= 1e-5);
     close_bench(&x);
