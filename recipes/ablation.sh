@@ -38,6 +38,7 @@ touch "$lines"
 variants=(
     "default"
     "plain: model.continuation=0"
+    "mass: loss.sharpen=1"
     "prior: model.prior=true train.precision=f32"
     "votes: model.continuation=0 loss.kind=focal loss.on=layer sample.candidates=sampled sample.order=shuffled"
     "by-mass: loss.by_mass=true"
