@@ -17,8 +17,8 @@ static __device__ __forceinline__ void mma_f16(float c[4], uint32_t a0, uint32_t
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* Four 8 x 8 matrices of 16-bit numbers: lane 8 i + r names row r of matrix i, 16 bytes in shared memory; r[i]
- * gets numbers 2t and 2t + 1 of row g of matrix i; transposed: number g of rows 2t and 2t + 1. */
+/* Four 8 x 8 matrices of 16-bit numbers: lane 8 i + r names row r of matrix i, 16 bytes in shared memory;
+ * r[i] gets numbers 2t and 2t + 1 of row g of matrix i; transposed: number g of rows 2t and 2t + 1. */
 static __device__ __forceinline__ void load_matrices(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -33,9 +33,10 @@ static __device__ __forceinline__ void load_transposed(uint32_t r[4], const void
 /* 16 bytes to shared memory, zeros where from is NULL; a batch ends with copy_end and has arrived after
  * copy_wait and a barrier. */
 static __device__ __forceinline__ void copy_16(void *to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from ? from : to), "r"(from ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(from ? from : to), "r"(from ? 16 : 0)
+        : "memory");
 }
 static __device__ __forceinline__ void copy_end(void) {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -1,7 +1,8 @@
-/* A teacher layer at bf16 on tensor cores: what a V4-Flash or V4-Pro size pass needs. Tier B of the architecture
- * notes without the fp8 quantisation of a product's input: bf16 between operators, f32 inside, weights in bf16
- * (FP8, FP4 and bf16 storage is exact in it), the cache and index simulations by the geometry's flags. Index
- * logits are f32 sums of f16 products of bf16-rounded vectors and are the logits that selection goes by.
+/* A teacher layer at bf16 on tensor cores: what a V4-Flash or V4-Pro size pass needs. Tier B of the
+ * architecture notes without the fp8 quantisation of a product's input: bf16 between operators, f32 inside,
+ * weights in bf16 (FP8, FP4 and bf16 storage is exact in it), the cache and index simulations by the
+ * geometry's flags. Index logits are f32 sums of f16 products of bf16-rounded vectors and are the logits that
+ * selection goes by.
  *
  * Errors: LSA_E_NOMEM, LSA_E_DEVICE, LSA_E_CONFIG (a geometry that this path does not have). One thread.
  * Deterministic: the same inputs give the same bits. */
@@ -50,12 +51,13 @@ void lsa_bf16_destroy(lsa_bf16 *b); /* NULL allowed */
 int64_t lsa_bf16_bytes(const lsa_gpu_teacher_geom *g, int64_t max_tokens, int64_t chunk);
 
 /* Tokens [p, p + m) of a document through a layer, m at most the chunk, p where the last call ended: X device
- * [m, streams, d] bf16, in place; token device [m]. Queued; the host waits once, for the experts' row counts. */
+ * [m, streams, d] bf16, in place; token device [m]. Queued; the host waits once, for the experts' row counts.
+ */
 LSA_NODISCARD lsa_status lsa_bf16_layer(lsa_bf16 *b, const lsa_bf16_weights *w, uint16_t *X,
                                         const int32_t *token, int64_t p, int64_t m, lsa_err *err);
 
-/* Of the last call in a CSA layer, on the device: sel [m, top] ascending, n_sel [m] of them count, their logits
- * and masses (mean of heads), part [2, m] window and sink mass. */
+/* Of the last call in a CSA layer, on the device: sel [m, top] ascending, n_sel [m] of them count, their
+ * logits and masses (mean of heads), part [2, m] window and sink mass. */
 typedef struct lsa_bf16_rows {
     const int32_t *sel, *n_sel;
     const float *sel_logit, *mass, *part;

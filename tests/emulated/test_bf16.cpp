@@ -1,5 +1,5 @@
-/* Kernels of the bf16 tier on the CPU: attention at V4's true sizes (64 and 128 heads of 512, 512 selected rows)
- * and at smaller ones, and the choice by f16 logits, against plain sums in double precision. */
+/* Kernels of the bf16 tier on the CPU: attention at V4's true sizes (64 and 128 heads of 512, 512 selected
+ * rows) and at smaller ones, and the choice by f16 logits, against plain sums in double precision. */
 #include "tests/emulated/emu/emu.h"
 
 #include "kernels/cuda/teacher/bf16_state.h"
@@ -68,7 +68,9 @@ static int judge_attend(int H, int D, int window, int ratio, int top, bool csa, 
     double off = 0, size = 0, off_mass = 0;
     for (int64_t t = 0; t < m; t++) {
         const int64_t pos = p + t, n_win = std::min<int64_t>(pos + 1, window),
-                      n = n_win + (!ratio ? 0 : csa ? n_sel[t] : (pos + 1) / ratio);
+                      n = n_win + (!ratio ? 0
+                                   : csa  ? n_sel[t]
+                                          : (pos + 1) / ratio);
         vector<double> all(n, 0.0);
         double all_sink = 0;
         for (int h = 0; h < H; h++) {
@@ -115,8 +117,11 @@ static int judge_attend(int H, int D, int window, int ratio, int top, bool csa, 
     /* bf16 results: at most 2^-9 each, about 0.0017 rms; the rotated ones are rounded twice */
     const bool ok = rms < 3e-3 && off_mass < 2e-3;
     printf("attention %d x %d, window %d, %s, position %lld: rms %.2g of the output, mass %.2g%s\n", H, D,
-           window, csa ? "selected" : ratio ? "all rows" : "no rows", (long long)p, rms, off_mass,
-           ok ? "" : "  FAILED");
+           window,
+           csa     ? "selected"
+           : ratio ? "all rows"
+                   : "no rows",
+           (long long)p, rms, off_mass, ok ? "" : "  FAILED");
     return !ok;
 }
 
@@ -127,8 +132,9 @@ static int judge_index(int Hi, int top, int64_t p, int64_t m) {
     vector<float> iw((size_t)(m * Hi)), logit((size_t)(3 * (keys + 32))), sel_logit((size_t)(m * top));
     vector<int32_t> candidate(logit.size()), sel((size_t)(m * top)), n_sel(m);
     for (float &x : iw) x = uniform() * 0.011f;
-    const teacher_index a = {q.data(), key.data(), iw.data(), logit.data(), candidate.data(),
-                             (int64_t)logit.size(), p, m, Hi, top, sel.data(), n_sel.data(), sel_logit.data()};
+    const teacher_index a = {
+        q.data(), key.data(), iw.data(), logit.data(), candidate.data(), (int64_t)logit.size(), p,
+        m,        Hi,         top,       sel.data(),   n_sel.data(),     sel_logit.data()};
     lsa_err err = {};
     if (teacher_index16(&a, NULL, &err) != LSA_OK) {
         printf("index: %s\n", err.msg);
@@ -150,7 +156,8 @@ static int judge_index(int Hi, int top, int64_t p, int64_t m) {
         for (int64_t k = 0; k < n; k++) order[k] = (int32_t)k;
         std::sort(order.begin(), order.end(), [&](int x, int y) { return z[x] > z[y]; });
         if (n_sel[t] != want) {
-            printf("index: token %lld has %d selected, expected %lld\n", (long long)t, n_sel[t], (long long)want);
+            printf("index: token %lld has %d selected, expected %lld\n", (long long)t, n_sel[t],
+                   (long long)want);
             return 1;
         }
         for (int64_t i = 0; i < want; i++) {
@@ -165,17 +172,17 @@ static int judge_index(int Hi, int top, int64_t p, int64_t m) {
         }
     }
     const bool ok = off < 1e-5 && apart == 0;
-    printf("index %d heads, top %d, position %lld: logits off by %.2g, %lld of %lld beyond a tie%s\n", Hi, top,
-           (long long)p, off, (long long)apart, (long long)all, ok ? "" : "  FAILED");
+    printf("index %d heads, top %d, position %lld: logits off by %.2g, %lld of %lld beyond a tie%s\n", Hi,
+           top, (long long)p, off, (long long)apart, (long long)all, ok ? "" : "  FAILED");
     return !ok;
 }
 
 int main() {
     int bad = 0;
-    bad += judge_attend(64, 512, 128, 4, 512, true, 4095, 2);  /* V4-Flash CSA */
+    bad += judge_attend(64, 512, 128, 4, 512, true, 4095, 2);    /* V4-Flash CSA */
     bad += judge_attend(64, 512, 128, 128, 512, false, 9983, 1); /* V4-Flash HCA */
-    bad += judge_attend(128, 512, 128, 4, 1024, true, 5000, 1); /* V4-Pro CSA */
-    bad += judge_attend(4, 128, 64, 4, 64, true, 0, 9);         /* a document's beginning, few heads */
+    bad += judge_attend(128, 512, 128, 4, 1024, true, 5000, 1);  /* V4-Pro CSA */
+    bad += judge_attend(4, 128, 64, 4, 64, true, 0, 9);          /* a document's beginning, few heads */
     bad += judge_attend(10, 256, 8, 0, 64, false, 3, 7);
     bad += judge_attend(5, 128, 64, 4, 64, true, 700, 5);
     bad += judge_index(64, 512, 2600, 3);

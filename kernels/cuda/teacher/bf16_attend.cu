@@ -1,10 +1,11 @@
-/* Attention of the bf16 tier on tensor cores: a block takes a token at a time, 64 heads of it, over its window
- * rows and selected (CSA) or all visible (HCA) rows, with a sink per head (architecture notes 5.4). One row is
- * key and value of all heads, so a row is brought to shared memory once and used by 64 queries, twice.
+/* Attention of the bf16 tier on tensor cores: a block takes a token at a time, 64 heads of it, over its
+ * window rows and selected (CSA) or all visible (HCA) rows, with a sink per head (architecture notes 5.4).
+ * One row is key and value of all heads, so a row is brought to shared memory once and used by 64 queries,
+ * twice.
  *
- * Per 64 rows: scores [64, 64] by eight warps (2 x 2 parts of 32 x 32, each over half of the channels), summed
- * in shared memory; softmax with running maxima by four threads a head; then every warp adds weights times rows
- * for all heads and its eighth of the channels. The next 64 rows are copied meanwhile.
+ * Per 64 rows: scores [64, 64] by eight warps (2 x 2 parts of 32 x 32, each over half of the channels),
+ * summed in shared memory; softmax with running maxima by four threads a head; then every warp adds weights
+ * times rows for all heads and its eighth of the channels. The next 64 rows are copied meanwhile.
  *
  * Factors are f16, sums f32: bf16 numbers from 2^-14 to 65,504 are kept exactly, smaller ones to 2^-25; the
  * weights keep three more bits than tier B's bf16. Rows in shared memory are swizzled by 16 bytes: place c of
@@ -74,8 +75,8 @@ static __device__ __forceinline__ void scores(uint16_t *q, uint16_t *tile, float
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             load_matrices(x[i], place<D>(q, m0 + 16 * i + (lane & 15), 2 * k + (lane >> 4)));
-            load_matrices(y[i], place<D>(tile, n0 + 16 * i + (lane & 7) + (lane >> 4) * 8,
-                                         2 * k + (lane >> 3 & 1)));
+            load_matrices(
+                y[i], place<D>(tile, n0 + 16 * i + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
         }
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -95,8 +96,8 @@ static __device__ __forceinline__ void scores(uint16_t *q, uint16_t *tile, float
                                                                                         c[i][j][2 * k + 1]};
 }
 
-/* Weights exp(score - running maximum) in place of the scores; four threads a head, 16 rows each. kept: a copy
- * for the masses, [64, 64], with the maxima they refer to. */
+/* Weights exp(score - running maximum) in place of the scores; four threads a head, 16 rows each. kept: a
+ * copy for the masses, [64, 64], with the maxima they refer to. */
 static __device__ __forceinline__ void softmax(float *s, softmax_state *state, int rows, float scale,
                                                uint16_t *kept, float *kept_most) {
     const int h = threadIdx.x >> 2, part = threadIdx.x & 3;
@@ -177,9 +178,9 @@ static __device__ __forceinline__ void values(float (&o)[4][D / 64][4], float *s
 
 /* Mean over heads of what each compressed row got, of the window's and of the sink's share. Of `heads` heads
  * from h0 on; `work` holds a factor per tile and head, then sums of four parts of the heads. */
-static __device__ void masses(const bf16_attend_args &a, int64_t t, int h0, int heads, int64_t n_win, int64_t n,
-                              const softmax_state *state, const uint16_t *kept, const float *kept_most,
-                              float *work) {
+static __device__ void masses(const bf16_attend_args &a, int64_t t, int h0, int heads, int64_t n_win,
+                              int64_t n, const softmax_state *state, const uint16_t *kept,
+                              const float *kept_most, float *work) {
     const int tid = threadIdx.x, tiles = (int)((n + ROWS - 1) / ROWS), eights = tiles * (ROWS / 8);
     float *const factor = work, *const sum = work + (a.tiles + 1) * HEADS;
     const float each = 1.0f / (float)a.H;
@@ -219,7 +220,8 @@ static __device__ void masses(const bf16_attend_args &a, int64_t t, int h0, int 
     if (tid >= 32) return;
     float window = 0, sink = 0;
     for (int64_t i = tid; i < n_win; i += 32) window += of(i);
-    for (int h = tid; h < heads; h += 32) sink += __expf(a.sink[h0 + h] - state->most[h]) / state->sum[h] * each;
+    for (int h = tid; h < heads; h += 32)
+        sink += __expf(a.sink[h0 + h] - state->most[h]) / state->sum[h] * each;
     for (int o = 16; o >= 1; o /= 2) {
         window += __shfl_xor_sync(0xffffffffu, window, o);
         sink += __shfl_xor_sync(0xffffffffu, sink, o);
@@ -236,7 +238,8 @@ template <int D> static constexpr int attend_bytes(void) {
 }
 
 template <int D>
-static __global__ void __launch_bounds__(THREADS, 1) bf16_attend_k(const __grid_constant__ bf16_attend_args a) {
+static __global__ void __launch_bounds__(THREADS, 1)
+    bf16_attend_k(const __grid_constant__ bf16_attend_args a) {
     enum { N = D / 64 };
     extern __shared__ uint4 shared16[];
     __shared__ softmax_state state;
@@ -248,14 +251,17 @@ static __global__ void __launch_bounds__(THREADS, 1) bf16_attend_k(const __grid_
     float *const kept_most = a.mass ? a.kept_most + (int64_t)blockIdx.x * a.tiles * HEADS : NULL;
     for (int64_t t = blockIdx.x; t < a.m; t += gridDim.x) {
         const int64_t pos = a.p + t, n_win = min(pos + 1, (int64_t)a.window), first = pos + 1 - n_win,
-                      n = n_win + (!a.ratio ? 0 : a.sel ? a.n_sel[t] : (pos + 1) / a.ratio);
+                      n = n_win + (!a.ratio ? 0
+                                   : a.sel  ? a.n_sel[t]
+                                            : (pos + 1) / a.ratio);
         for (int h0 = 0; h0 < a.H; h0 += HEADS) {
             const int heads = min(HEADS, a.H - h0);
             float o[4][N][4] = {};
             __syncthreads(); /* the former heads' shared memory is free */
             for (int i = tid; i < HEADS * (D / 8); i += THREADS) {
                 const int h = i / (D / 8), c = i % (D / 8);
-                copy_16(place<D>(q, h, c), h < heads ? a.q + t * a.ldq + (int64_t)(h0 + h) * D + c * 8 : NULL);
+                copy_16(place<D>(q, h, c),
+                        h < heads ? a.q + t * a.ldq + (int64_t)(h0 + h) * D + c * 8 : NULL);
             }
             if (tid < HEADS) state.most[tid] = -INFINITY, state.sum[tid] = 0;
             fetch<D>(a, tile, t, 0, first, n_win, n);
@@ -304,8 +310,8 @@ static __global__ void __launch_bounds__(THREADS, 1) bf16_attend_k(const __grid_
 
 template <int D> static lsa_status attend(const bf16_attend_args *a, cudaStream_t s, lsa_err *err) {
     const int64_t blocks = a->m < a->blocks ? a->m : a->blocks;
-    LSA_CUDA(
-        cudaFuncSetAttribute(bf16_attend_k<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes<D>()));
+    LSA_CUDA(cudaFuncSetAttribute(bf16_attend_k<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  attend_bytes<D>()));
     bf16_attend_k<D><<<(unsigned)blocks, THREADS, attend_bytes<D>(), s>>>(*a);
     LSA_LAUNCHED("bf16 attention");
 }

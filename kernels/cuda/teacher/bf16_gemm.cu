@@ -1,5 +1,6 @@
 /* Products of the bf16 tier by cuBLASLt: bf16 factors, f32 sums, bf16 or f32 results. Row-major C = A B^T is
- * column-major C^T = B A^T. Choices are kept by shape, as in gemm.cu; each stream has a workspace of its own. */
+ * column-major C^T = B A^T. Choices are kept by shape, as in gemm.cu; each stream has a workspace of its own.
+ */
 #include <stdlib.h>
 
 #include "kernels/cuda/teacher/bf16_state.h"

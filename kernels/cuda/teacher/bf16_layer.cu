@@ -17,10 +17,11 @@ static lsa_status check(const lsa_gpu_teacher_geom *g, int64_t max_tokens, int64
     const int64_t tiles = (g->window + g->index_topk) / 64 + 1;
     if (!heads || g->index_head_dim != TEACHER_SCREENED ||
         (g->hc_mult != 1 && g->hc_mult != 2 && g->hc_mult != 4))
-        LSA_RET_FAIL(LSA_E_CONFIG,
-                     "the bf16 tier takes heads of 128, 256 or 512, index heads of %d, and 1, 2 or 4 streams: found "
-                     "heads of %d, index heads of %d, %d streams; use the fp32 tier",
-                     TEACHER_SCREENED, g->head_dim, g->index_head_dim, g->hc_mult);
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "the bf16 tier takes heads of 128, 256 or 512, index heads of %d, and 1, 2 or 4 streams: found "
+            "heads of %d, index heads of %d, %d streams; use the fp32 tier",
+            TEACHER_SCREENED, g->head_dim, g->index_head_dim, g->hc_mult);
     if (g->hidden % 8 || g->q_rank % 8 || g->o_rank % 8 || g->moe_dim % 8 || g->rope_dim % 2 ||
         g->n_head % g->o_groups || g->n_head * g->head_dim / g->o_groups % 8)
         LSA_RET_FAIL(LSA_E_CONFIG, "the bf16 tier takes widths that are multiples of 8; use the fp32 tier");
@@ -28,10 +29,11 @@ static lsa_status check(const lsa_gpu_teacher_geom *g, int64_t max_tokens, int64
         LSA_RET_FAIL(LSA_E_CONFIG, "the bf16 tier takes up to 512 experts, 16 of them a token: found %d, %d",
                      g->n_expert, g->n_expert_tok);
     if (((tiles + 1) * 64 + 4 * tiles * 64) * 4 > 4 * 64 * g->head_dim)
-        LSA_RET_FAIL(LSA_E_CONFIG,
-                     "the bf16 tier has no room for the masses of %d window rows and %d selected ones at heads of "
-                     "%d; use the fp32 tier",
-                     g->window, g->index_topk, g->head_dim);
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "the bf16 tier has no room for the masses of %d window rows and %d selected ones at heads of "
+            "%d; use the fp32 tier",
+            g->window, g->index_topk, g->head_dim);
     if (max_tokens < 1 || chunk < 1)
         LSA_RET_FAIL(LSA_E_ARG, "room for %lld tokens, %lld at a time", (long long)max_tokens,
                      (long long)chunk);
@@ -158,11 +160,11 @@ extern "C" void lsa_bf16_destroy(lsa_bf16 *b) {
     if (!b) return;
     cudaStreamSynchronize(b->cs->stream);
     bf16_gemm_close(b);
-    void *const p[] = {b->freq_main, b->freq_comp, b->win,    b->row,       b->key,       b->proj,  b->iproj,
-                       b->z,         b->coef,      b->xp,     b->iw,        b->x,         b->qr,    b->q,
-                       b->iq,        b->o,         b->og,     b->y,         b->logit,     b->route, b->weight,
-                       b->candidate, b->expert,    b->place,  b->begin,     b->list,      b->xe,    b->h13,
-                       b->act,       b->ye,        b->ys,     b->kept,      b->kept_most, b->sel,   b->n_sel,
+    void *const p[] = {b->freq_main, b->freq_comp, b->win,   b->row,   b->key,       b->proj,  b->iproj,
+                       b->z,         b->coef,      b->xp,    b->iw,    b->x,         b->qr,    b->q,
+                       b->iq,        b->o,         b->og,    b->y,     b->logit,     b->route, b->weight,
+                       b->candidate, b->expert,    b->place, b->begin, b->list,      b->xe,    b->h13,
+                       b->act,       b->ye,        b->ys,    b->kept,  b->kept_most, b->sel,   b->n_sel,
                        b->sel_logit, b->mass,      b->part};
     for (void *x : p) lsa_ctx_free(b->ctx, x);
     cudaFreeHost(b->host_begin);
@@ -179,10 +181,9 @@ extern "C" void lsa_bf16_destroy(lsa_bf16 *b) {
 }
 
 lsa_status bf16_select(lsa_bf16 *b, int64_t p, int64_t m, lsa_err *err) {
-    const teacher_index a = {b->iq,    b->key, b->iw,
-                             b->logit, b->candidate,
-                             b->logit_room, p, m, b->g.index_n_head, (int)b->top,
-                             b->sel,   b->n_sel, b->sel_logit};
+    const teacher_index a = {b->iq,         b->key,   b->iw,       b->logit,          b->candidate,
+                             b->logit_room, p,        m,           b->g.index_n_head, (int)b->top,
+                             b->sel,        b->n_sel, b->sel_logit};
     return teacher_index16(&a, b->cs->stream, err);
 }
 
@@ -192,8 +193,8 @@ lsa_status bf16_output(lsa_bf16 *b, const lsa_bf16_weights *w, int64_t m, lsa_er
     const lsa_gpu_teacher_geom *g = &b->g;
     const int64_t width = b->HD / g->o_groups, R = g->o_rank, GR = g->o_groups * R;
     for (int64_t i = 0; i < g->o_groups; i++) {
-        const bf16_product p = {m,     R,  width, b->o + i * width, w->wo_a + i * R * width, b->HD,
-                                width, b->og + i * R, GR, false};
+        const bf16_product p = {
+            m, R, width, b->o + i * width, w->wo_a + i * R * width, b->HD, width, b->og + i * R, GR, false};
         LSA_TRY(bf16_gemm(b, 0, &p, err));
     }
     {

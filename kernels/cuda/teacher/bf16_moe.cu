@@ -1,8 +1,9 @@
-/* Mixture of experts of the bf16 tier (architecture notes 9): router, tokens sorted by expert, two products an
- * expert on several streams, SwiGLU between them. The sum over a token's experts is in bf16_streams.cu.
+/* Mixture of experts of the bf16 tier (architecture notes 9): router, tokens sorted by expert, two products
+ * an expert on several streams, SwiGLU between them. The sum over a token's experts is in bf16_streams.cu.
  *
- * An expert's rows begin at multiples of BF16_ALIGN and are padded with zeros: cuBLASLt then sees few shapes, so
- * its choices can be kept, and its tiles are no emptier than they would be. The host waits once, for `begin`. */
+ * An expert's rows begin at multiples of BF16_ALIGN and are padded with zeros: cuBLASLt then sees few shapes,
+ * so its choices can be kept, and its tiles are no emptier than they would be. The host waits once, for
+ * `begin`. */
 #include "kernels/cuda/teacher/bf16_state.h"
 
 enum { THREADS = TEACHER_THREADS, MOST_EXPERTS = 512 };
@@ -94,7 +95,8 @@ static __global__ void __launch_bounds__(THREADS)
     begin[E] = at;
 }
 
-/* A block an expert: its entries (token k + choice) in the order of the tokens, then -1 up to the next expert. */
+/* A block an expert: its entries (token k + choice) in the order of the tokens, then -1 up to the next
+ * expert. */
 static __global__ void __launch_bounds__(THREADS)
     bf16_sort_k(const int32_t *expert, int64_t n, const int32_t *begin, int32_t *list, int32_t *place) {
     __shared__ int32_t before[THREADS / 32];
@@ -136,11 +138,12 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 /* h [n, M] = weight silu(min(g, limit)) clamp(u) of rows [2 M]; list NULL: weight 1. */
-static __global__ void __launch_bounds__(THREADS) bf16_swiglu_k(const uint16_t *h13, const int32_t *list,
-                                                                const float *weight, int64_t n, int M,
-                                                                float limit, uint16_t *h) {
+static __global__ void __launch_bounds__(THREADS)
+    bf16_swiglu_k(const uint16_t *h13, const int32_t *list, const float *weight, int64_t n, int M,
+                  float limit, uint16_t *h) {
     const int64_t all = n * (M / 8);
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < all; i += (int64_t)gridDim.x * THREADS) {
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < all;
+         i += (int64_t)gridDim.x * THREADS) {
         const int64_t r = i / (M / 8), c = i % (M / 8) * 8;
         const int32_t entry = list ? list[r] : 0;
         const float w = list ? entry < 0 ? 0.0f : weight[entry] : 1.0f;
@@ -182,8 +185,8 @@ lsa_status bf16_moe(lsa_bf16 *b, const lsa_bf16_weights *w, const int32_t *token
     const bf16_product route = {m, E, d, b->x, w->gate, d, d, b->route, E, true};
     LSA_TRY(bf16_gemm(b, 0, &route, err));
     {
-        const route_args a = {b->route,  w->gate_bias, w->tid2eid, token,  b->weight,
-                              b->expert, m,            (int)E,     (int)k, g->route_scale};
+        const route_args a = {b->route, w->gate_bias, w->tid2eid, token,         b->weight, b->expert,
+                              m,        (int)E,       (int)k,     g->route_scale};
         bf16_route_k<<<(unsigned)((m + THREADS / 32 - 1) / (THREADS / 32)), THREADS, 0, s>>>(a);
         bf16_count_k<<<1, THREADS, 0, s>>>(b->expert, n, (int)E, b->begin);
         LSA_CUDA(cudaMemcpyAsync(b->host_begin, b->begin, (size_t)(E + 1) * sizeof(int32_t),

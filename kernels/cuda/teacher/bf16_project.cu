@@ -1,5 +1,5 @@
-/* The bf16 tier from a layer's input to queries, window rows, compressed rows and index keys (architecture notes
- * 5 to 7), the roundings of tier B in between.
+/* The bf16 tier from a layer's input to queries, window rows, compressed rows and index keys (architecture
+ * notes 5 to 7), the roundings of tier B in between.
  *
  * With two roles (CSA) the lo half of a token's channels serves the entry after its own, the hi half its own
  * entry. Swapping the halves stays fluent and fails far away. */
@@ -270,8 +270,8 @@ lsa_status bf16_project(lsa_bf16 *b, const lsa_bf16_weights *w, int64_t p, int64
     LSA_TRY(bf16_gemm(b, 0, &qq, err));
     {
         const query_args q = {b->q, freq, NULL, p, m, nq, g->n_head, g->rope_dim, g->norm_eps, false},
-                         iq = {b->q + b->HD,    freq,        b->iq,       p, m, nq,
-                               g->index_n_head, g->rope_dim, g->norm_eps, g->sim_fp4_index};
+                         iq = {b->q + b->HD, freq,        b->iq,           p, m, nq, g->index_n_head,
+                               g->rope_dim,  g->norm_eps, g->sim_fp4_index};
         LSA_TRY(query(b, &q, false, err));
         if (csa) LSA_TRY(query(b, &iq, true, err));
     }
@@ -290,7 +290,8 @@ struct compress_args {
     bool key, fp8, fp4;
 };
 
-/* A block an entry: per-channel softmax over the gates of its window, pooled, normed, rotated. Shared: [c]. */
+/* A block an entry: per-channel softmax over the gates of its window, pooled, normed, rotated. Shared: [c].
+ */
 static __global__ void __launch_bounds__(THREADS) bf16_compress_k(const __grid_constant__ compress_args a) {
     extern __shared__ float4 shared4[];
     float *const v = (float *)shared4;
@@ -333,9 +334,9 @@ lsa_status bf16_compress(lsa_bf16 *b, const lsa_bf16_weights *w, int64_t first, 
     const int64_t n = last - first;
     const cudaStream_t s = b->cs->stream;
     if (n <= 0) return LSA_OK;
-    const compress_args row = {b->proj,  w->comp_norm, b->freq_comp, b->row,      first, g->head_dim,
-                               w->roles, w->ratio,     g->rope_dim,  g->norm_eps, false, g->sim_fp8_kv,
-                               false};
+    const compress_args row = {b->proj,     w->comp_norm,  b->freq_comp, b->row,      first,
+                               g->head_dim, w->roles,      w->ratio,     g->rope_dim, g->norm_eps,
+                               false,       g->sim_fp8_kv, false};
     bf16_compress_k<<<(unsigned)n, THREADS, (size_t)g->head_dim * sizeof(float), s>>>(row);
     if (w->roles == 2) {
         const compress_args key = {b->iproj, w->icomp_norm, b->freq_comp, b->key, first, g->index_head_dim, 2,

@@ -1,7 +1,7 @@
 /* The bf16 tier's layer: memory and launches. Internal to kernels/cuda/teacher. See kernels/model/gpu_bf16.h.
  *
- * Numbers of 16 bits travel as uint16_t: bf16 between operators, f16 where tensor cores compare queries with rows
- * and keys (values there were rounded to bf16 before). Sizes as in teacher_state.h; nq = H D + Hi Di. */
+ * Numbers of 16 bits travel as uint16_t: bf16 between operators, f16 where tensor cores compare queries with
+ * rows and keys (values there were rounded to bf16 before). Sizes as in teacher_state.h; nq = H D + Hi Di. */
 #ifndef LSA_KERNELS_CUDA_TEACHER_BF16_STATE_H
 #define LSA_KERNELS_CUDA_TEACHER_BF16_STATE_H
 
@@ -15,7 +15,8 @@ extern "C" {
 
 enum {
     BF16_LANES = 4, /* streams that products of experts are spread over: one alone does not fill the GPU */
-    BF16_ALIGN = 128 /* rows of an expert begin at multiples: products then have few shapes, none wastes a tile */
+    BF16_ALIGN =
+        128 /* rows of an expert begin at multiples: products then have few shapes, none wastes a tile */
 };
 
 struct bf16_plans; /* bf16_gemm.cu */
@@ -24,27 +25,27 @@ struct lsa_bf16 {
     lsa_ctx *ctx;
     cuda_state *cs;
     lsa_gpu_teacher_geom g;
-    int64_t max_tokens, chunk, bytes; /* bytes: allocated by create */
+    int64_t max_tokens, chunk, bytes;          /* bytes: allocated by create */
     int64_t nz, HD, ID, nx, top, rows, chunks; /* rows: of entries sorted by expert */
     int blocks;                                /* multiprocessors */
     float *freq_main, *freq_comp;              /* [rope/2] */
     /* of the layer in work, whole document */
-    uint16_t *win, *row, *key;  /* f16 [T, D] [T/ratio, D] [T/4, Di] */
-    float *proj, *iproj;        /* [T, 2 roles D] [T, 4 Di] */
+    uint16_t *win, *row, *key; /* f16 [T, D] [T/ratio, D] [T/4, Di] */
+    float *proj, *iproj;       /* [T, 2 roles D] [T, 4 Di] */
     /* of the chunk */
-    float *z, *coef, *xp, *iw;  /* [m, 3 nz] [m, nz] [m, nx] [m, Hi] */
+    float *z, *coef, *xp, *iw;              /* [m, 3 nz] [m, nz] [m, nx] [m, Hi] */
     uint16_t *x, *qr, *q, *iq, *o, *og, *y; /* [m,d] [m,q_rank] [m,nq] [m,ID] [m,HD] [m,G R] [m,d] */
     float *logit;
     int32_t *candidate;
     int64_t logit_room;
-    float *route, *weight;      /* [m,E] [m,k] */
-    int32_t *expert, *place;    /* [m,k] */
+    float *route, *weight;              /* [m,E] [m,k] */
+    int32_t *expert, *place;            /* [m,k] */
     int32_t *begin, *list, *host_begin; /* [E+1] [rows] entry or -1; pinned [E+1] */
     uint16_t *xe, *h13, *act, *ye, *ys; /* [rows,d] [rows,2M] [rows,M] [rows,d] [m,d] */
-    uint16_t *kept;             /* f16 [blocks][tiles][64, 64] */
+    uint16_t *kept;                     /* f16 [blocks][tiles][64, 64] */
     float *kept_most;
     int tiles;
-    int32_t *sel, *n_sel;       /* [m, top] [m] */
+    int32_t *sel, *n_sel; /* [m, top] [m] */
     float *sel_logit, *mass, *part;
     cudaStream_t lane[BF16_LANES];
     cudaEvent_t fork, counted, joined[BF16_LANES];
@@ -55,8 +56,8 @@ struct lsa_bf16 {
     bool timed;
 };
 
-/* c [m,n] = a [m,k] b [n,k]^T: bf16 factors, f32 sums, c bf16 or f32; ld: numbers from row to row. lane: which
- * stream, 0 is the context's. */
+/* c [m,n] = a [m,k] b [n,k]^T: bf16 factors, f32 sums, c bf16 or f32; ld: numbers from row to row. lane:
+ * which stream, 0 is the context's. */
 struct bf16_product {
     int64_t m, n, k;
     const uint16_t *a, *b;
@@ -117,7 +118,8 @@ static __device__ __forceinline__ void bf16_read8(float *v, const uint16_t *from
     }
 }
 static __device__ __forceinline__ void bf16_write8(uint16_t *to, const float *v) {
-    const uint4 u = {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7])};
+    const uint4 u = {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]),
+                     bf16_pair(v[6], v[7])};
     *(uint4 *)to = u;
 }
 

@@ -1,6 +1,6 @@
-/* Hyper-connections over bf16 streams (architecture notes 4). Products with fn are taken on tensor cores: fn is
- * the sum of three bf16 matrices, so bf16 streams times fn is exact up to the order of f32 sums. Eight numbers at
- * a time; a block a token.
+/* Hyper-connections over bf16 streams (architecture notes 4). Products with fn are taken on tensor cores: fn
+ * is the sum of three bf16 matrices, so bf16 streams times fn is exact up to the order of f32 sums. Eight
+ * numbers at a time; a block a token.
  *
  * The mistake that would stay silent: applying C untransposed (the sum runs over its first index). */
 #include "kernels/cuda/teacher/bf16_state.h"
@@ -11,8 +11,8 @@ static __device__ float sigmoid(float v) {
     return 1.0f / (1.0f + expf(-v));
 }
 
-/* By a warp, lane j n + k with element (j, k), n of 1, 2 or 4 (lanes from n n on repeat). Row softmax, then column
- * and row normalisation in turn, ending on columns. */
+/* By a warp, lane j n + k with element (j, k), n of 1, 2 or 4 (lanes from n n on repeat). Row softmax, then
+ * column and row normalisation in turn, ending on columns. */
 static __device__ float sinkhorn(float c, int n, int iters, float eps) {
     const auto over = [&](float v, int from, int to, bool most) {
         for (int o = from; o < to; o *= 2) {
@@ -57,7 +57,11 @@ static __global__ void __launch_bounds__(THREADS) bf16_collapse_k(const __grid_c
     if (tid < 32) {
         const float *const z = a.z + t * 3 * nz;
         const auto of = [&](int i) {
-            return (z[i] + z[nz + i] + z[2 * nz + i]) * r * a.scale[i < s ? 0 : i < 2 * s ? 1 : 2] + a.base[i];
+            return (z[i] + z[nz + i] + z[2 * nz + i]) * r *
+                       a.scale[i < s       ? 0
+                               : i < 2 * s ? 1
+                                           : 2] +
+                   a.base[i];
         };
         const int k = tid % (s * s);
         const float C = sinkhorn(of(2 * s + k), s, a.iters, a.hc_eps);
@@ -107,7 +111,8 @@ static __global__ void __launch_bounds__(THREADS) bf16_expand_k(const __grid_con
     const int64_t t = blockIdx.x;
     const int s = a.s, tid = threadIdx.x;
     if (tid < s * (s + 2)) c[tid] = a.coef[t * s * (s + 2) + tid];
-    if (MOE && tid < a.k) from[tid] = a.expert[t * a.k + tid] < 0 ? -1 : (int64_t)a.place[t * a.k + tid] * a.d;
+    if (MOE && tid < a.k)
+        from[tid] = a.expert[t * a.k + tid] < 0 ? -1 : (int64_t)a.place[t * a.k + tid] * a.d;
     __syncthreads();
     const float *const post = c + s, *const C = post + s;
     uint16_t *const X = a.X + t * s * a.d;

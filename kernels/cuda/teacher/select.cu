@@ -379,7 +379,8 @@ lsa_status teacher_index16(const teacher_index *a, cudaStream_t s, lsa_err *err)
                                (int)rows,
                                a->Hi};
         if (visible > 0)
-            screen_k<<<dim3((unsigned)((visible + KEYS - 1) / KEYS), (unsigned)((rows + TOKENS - 1) / TOKENS)),
+            screen_k<<<dim3((unsigned)((visible + KEYS - 1) / KEYS),
+                            (unsigned)((rows + TOKENS - 1) / TOKENS)),
                        THREADS, 0, s>>>(z);
         choose_args c = {};
         c.logit = a->logit, c.chunk = a->candidate;

@@ -233,10 +233,8 @@ static inline void copy_16(void *to, const void *from) {
     else
         memset(to, 0, 16);
 }
-static inline void copy_end(void) {
-}
-static inline void copy_wait(void) {
-}
+static inline void copy_end(void) {}
+static inline void copy_wait(void) {}
 
 /* The runtime: device memory is host memory, a stream runs at once. */
 #define cudaLaunchKernelEx                             emu_launch_ex
