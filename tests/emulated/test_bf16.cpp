@@ -9,7 +9,26 @@
 
 extern "C" {
 #include "kernels/core/lsa_ids.h"
+#include "tests/testkit/judge_bf16.h"
 }
+
+/* Stands in for cuBLASLt. */
+lsa_status bf16_gemm(lsa_bf16 *, int, const bf16_product *p, lsa_err *) {
+    std::vector<float> a(p->k);
+    for (int64_t i = 0; i < p->m; i++) {
+        for (int64_t k = 0; k < p->k; k++) a[k] = bf16_value(p->a[i * p->lda + k]);
+        for (int64_t j = 0; j < p->n; j++) {
+            float s = 0;
+            for (int64_t k = 0; k < p->k; k++) s += a[k] * bf16_value(p->b[j * p->ldb + k]);
+            if (p->c_f32)
+                ((float *)p->c)[i * p->ldc + j] = s;
+            else
+                ((uint16_t *)p->c)[i * p->ldc + j] = bf16_of(s);
+        }
+    }
+    return LSA_OK;
+}
+void bf16_gemm_close(lsa_bf16 *) {}
 
 using std::vector;
 
@@ -188,6 +207,21 @@ int main() {
     bad += judge_index(64, 512, 2600, 3);
     bad += judge_index(5, 64, 200, 40);
     bad += judge_index(8, 64, 0, 9);
+
+    static cuda_state device;
+    lsa_ctx ctx = {LSA_BACKEND_CUDA, &lsa_backend_cpu, &device, "emulated"};
+    lsa_gpu_teacher_geom g = {};
+    g.hidden = 64, g.n_head = 4, g.head_dim = 128, g.rope_dim = 64, g.q_rank = 32, g.o_groups = 2,
+    g.o_rank = 16;
+    g.window = 16, g.index_n_head = 5, g.index_head_dim = 128, g.index_topk = 8;
+    g.n_expert = 6, g.n_expert_tok = 2, g.moe_dim = 32, g.hc_mult = 4, g.hc_iters = 20, g.vocab = 50;
+    g.hc_eps = g.norm_eps = 1e-6f, g.route_scale = 1.5f, g.swiglu_limit = 1.0f;
+    bad += judge_bf16(&ctx, &g, 4, 2, false, 90, 40, 1);
+    bad += judge_bf16(&ctx, &g, 16, 1, true, 70, 33, 1);
+    bad += judge_bf16(&ctx, &g, 0, 0, false, 40, 40, 1);
+    g.sim_fp8_kv = g.sim_fp4_index = true;
+    g.hc_mult = 2;
+    bad += judge_bf16(&ctx, &g, 4, 2, true, 90, 90, 1);
     printf("%s\n", bad ? "FAILED" : "ok");
     return bad != 0;
 }
