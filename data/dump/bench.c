@@ -42,7 +42,7 @@ lsa_layer_flops lsa_layer_flops_of(const lsa_teacher_config *c, lsa_layer_kind k
 
 typedef struct result {
     bool there;
-    lsa_bench_layer layer;
+    lsa_layer_bench_layer layer;
     int32_t layers; /* of this kind in the model */
     int64_t stored;
     double decode; /* seconds */
@@ -69,8 +69,8 @@ static double rate(double flops, int64_t n, double seconds) {
     return seconds > 0 ? flops * (double)n / seconds * 1e-12 : 0;
 }
 
-static lsa_status print_case(const lsa_bench_opts *o, const lsa_teacher_config *c, const result *r, int kind,
-                             int at, double ceiling, double bandwidth, lsa_err *err) {
+static lsa_status print_case(const lsa_layer_bench_opts *o, const lsa_teacher_config *c, const result *r,
+                             int kind, int at, double ceiling, double bandwidth, lsa_err *err) {
     const int64_t n = CONTEXT[at];
     const lsa_layer_flops f = lsa_layer_flops_of(c, (lsa_layer_kind)kind, r->layer.ratio, n);
     const double *const s = r->stage[at], seconds = r->seconds[at], all = rate(total(f), n, seconds),
@@ -118,22 +118,22 @@ static void kinds_of(result out[KINDS], const lsa_teacher_config *c) {
         result *const r = &out[c->kind[l]];
         r->there = true;
         r->layers++;
-        r->layer = (lsa_bench_layer){c->ratio[l],
-                                     c->kind[l] == LSA_LAYER_CSA   ? 2
-                                     : c->kind[l] == LSA_LAYER_HCA ? 1
-                                                                   : 0,
-                                     c->hash_moe[l]};
+        r->layer = (lsa_layer_bench_layer){c->ratio[l],
+                                           c->kind[l] == LSA_LAYER_CSA   ? 2
+                                           : c->kind[l] == LSA_LAYER_HCA ? 1
+                                                                         : 0,
+                                           c->hash_moe[l]};
     }
 }
 
 /* The largest chunk under the cap, with two places for stored weights if they fit. */
-static lsa_status fit(int64_t *chunk, int *stores, int64_t *bytes, const lsa_bench_opts *o, lsa_ctx *ctx,
-                      const lsa_gpu_teacher_geom *g, int64_t tokens, lsa_err *err) {
+static lsa_status fit(int64_t *chunk, int *stores, int64_t *bytes, const lsa_layer_bench_opts *o,
+                      lsa_ctx *ctx, const lsa_gpu_teacher_geom *g, int64_t tokens, lsa_err *err) {
     const int64_t own = INT64_C(1) << 30; /* the CUDA context, cuBLASLt's kernels */
     for (*stores = 2; *stores > 0; --*stores)
         for (*chunk = o->chunk ? o->chunk : 32768; *chunk >= 4096 || *chunk == o->chunk; *chunk /= 2) {
             const lsa_status st =
-                lsa_bench_create(NULL, bytes, ctx, g, NULL, NULL, tokens, *chunk, *stores, err);
+                lsa_layer_bench_create(NULL, bytes, ctx, g, NULL, NULL, tokens, *chunk, *stores, err);
             if (st != LSA_OK) return st;
             if (*bytes + own <= o->memory_cap) return LSA_OK;
             if (o->chunk) break;
@@ -142,19 +142,19 @@ static lsa_status fit(int64_t *chunk, int *stores, int64_t *bytes, const lsa_ben
                  (double)(*bytes + own) / 0x1p30, (double)o->memory_cap / 0x1p30);
 }
 
-static lsa_status stream(const lsa_bench_opts *o, lsa_bench *b, const result *r, int64_t chunk,
-                         lsa_bench_wave *w, lsa_err *err) {
+static lsa_status stream(const lsa_layer_bench_opts *o, lsa_layer_bench *b, const result *r, int64_t chunk,
+                         lsa_layer_bench_wave *w, lsa_err *err) {
     const int64_t n = lsa_min_i64(chunk, CONTEXT[0]);
     int64_t stored;
     double seconds;
-    lsa_status st = lsa_bench_weights(b, &r->layer, &stored, &seconds, err);
+    lsa_status st = lsa_layer_bench_weights(b, &r->layer, &stored, &seconds, err);
     if (st == LSA_OK)
-        st = lsa_bench_stream(b, &r->layer, WAVE_LAYERS, o->wave_tokens, n, o->source_rate, w, err);
+        st = lsa_layer_bench_stream(b, &r->layer, WAVE_LAYERS, o->wave_tokens, n, o->source_rate, w, err);
     return st;
 }
 
-static lsa_status print_all(const lsa_bench_opts *o, const result *r, const lsa_bench_wave *w, int64_t chunk,
-                            int64_t peak, double ceiling, double bandwidth, const char *device,
+static lsa_status print_all(const lsa_layer_bench_opts *o, const result *r, const lsa_layer_bench_wave *w,
+                            int64_t chunk, int64_t peak, double ceiling, double bandwidth, const char *device,
                             lsa_err *err) {
     double projected[CONTEXTS];
     const double wave = o->wave_tokens ? (double)o->wave_tokens : 1048576;
@@ -199,14 +199,14 @@ static lsa_status print_all(const lsa_bench_opts *o, const result *r, const lsa_
     return LSA_OK;
 }
 
-lsa_status lsa_bench_command(const lsa_bench_opts *o, lsa_err *err) {
+lsa_status lsa_layer_bench_command(const lsa_layer_bench_opts *o, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_teacher_config *c = NULL;
     lsa_ctx *ctx = NULL;
-    lsa_bench *b = NULL;
+    lsa_layer_bench *b = NULL;
     float *freq_main = NULL, *freq_comp = NULL;
     result r[KINDS] = {0};
-    lsa_bench_wave wave = {0};
+    lsa_layer_bench_wave wave = {0};
     int64_t chunk = 0, bytes = 0;
     int stores = 0;
     double ceiling = 0, bandwidth = 0;
@@ -224,24 +224,25 @@ lsa_status lsa_bench_command(const lsa_bench_opts *o, lsa_err *err) {
     const lsa_gpu_teacher_geom g = lsa_gpu_geom_of_config(c, true, true);
     LSA_TRY(fit(&chunk, &stores, &bytes, o, ctx, &g, CONTEXT[CONTEXTS - 1], err));
     lsa_info("%.1f GiB on the GPU, %lld tokens at a time", (double)bytes / 0x1p30, (long long)chunk);
-    LSA_TRY(lsa_bench_create(&b, &bytes, ctx, &g, freq_main, freq_comp, CONTEXT[CONTEXTS - 1], chunk, stores,
-                             err));
-    LSA_TRY(lsa_bench_ceilings(b, &ceiling, &bandwidth, err));
+    LSA_TRY(lsa_layer_bench_create(&b, &bytes, ctx, &g, freq_main, freq_comp, CONTEXT[CONTEXTS - 1], chunk,
+                                   stores, err));
+    LSA_TRY(lsa_layer_bench_ceilings(b, &ceiling, &bandwidth, err));
     kinds_of(r, c);
     for (int k = 0; k < KINDS; k++) {
         if (!r[k].there) continue;
-        LSA_TRY(lsa_bench_weights(b, &r[k].layer, &r[k].stored, &r[k].decode, err));
+        LSA_TRY(lsa_layer_bench_weights(b, &r[k].layer, &r[k].stored, &r[k].decode, err));
         for (int at = 0; at < CONTEXTS; at++) {
-            LSA_TRY(lsa_bench_run(b, &r[k].layer, CONTEXT[at], at ? 1 : 3, &r[k].seconds[at], r[k].stage[at],
-                                  &r[k].checksum[at], err));
+            LSA_TRY(lsa_layer_bench_run(b, &r[k].layer, CONTEXT[at], at ? 1 : 3, &r[k].seconds[at],
+                                        r[k].stage[at], &r[k].checksum[at], err));
             LSA_TRY(print_case(o, c, &r[k], k, at, ceiling, bandwidth, err));
         }
     }
     if (o->wave_tokens && stores == 2 && r[LSA_LAYER_CSA].there)
         LSA_TRY(stream(o, b, &r[LSA_LAYER_CSA], chunk, &wave, err));
-    LSA_TRY(print_all(o, r, &wave, chunk, lsa_bench_peak(b), ceiling, bandwidth, lsa_ctx_describe(ctx), err));
+    LSA_TRY(print_all(o, r, &wave, chunk, lsa_layer_bench_peak(b), ceiling, bandwidth, lsa_ctx_describe(ctx),
+                      err));
 done:
-    lsa_bench_destroy(b);
+    lsa_layer_bench_destroy(b);
     lsa_ctx_destroy(ctx);
     lsa_free(freq_main);
     lsa_free(freq_comp);

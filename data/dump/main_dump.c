@@ -172,10 +172,10 @@ static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
 }
 
 static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
-    lsa_bench_opts o = {.device = "cuda",
-                        .memory_cap = INT64_C(76) << 30,
-                        .wave_tokens = INT64_C(1) << 20,
-                        .source_rate = 5e9};
+    lsa_layer_bench_opts o = {.device = "cuda",
+                              .memory_cap = INT64_C(76) << 30,
+                              .wave_tokens = INT64_C(1) << 20,
+                              .source_rate = 5e9};
     double rate = 5;
     const lsa_opt opts[] = {
         {"config", "FILE", LSA_OPT_STR, &o.config, "config.json of the model; its weights are not needed"},
@@ -194,7 +194,7 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
         "", opts, argc, argv, NULL, 0);
     o.source_rate = rate * 1e9;
     if (!o.config) LSA_RET_FAIL(LSA_E_ARG, "--config is required; see --help");
-    return lsa_bench_command(&o, err);
+    return lsa_layer_bench_command(&o, err);
 }
 
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {

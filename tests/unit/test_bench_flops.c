@@ -29,7 +29,7 @@ static void test_flash(void **state) {
     same(csa.index, 2 * 64.0 * 128 / 4);
     same(csa.attend, 4 * 32768.0 * 11 / 4);
     /* 1 + ... + 128, then 128 times 128; 128 tokens see one entry, the last sees two */
-    same(hca.attend, 4 * 32768.0 * (8256 + 16384 + 129) / 256);
+    same(hca.attend, 4 * 32768.0 * (8256 + 16384 + 130) / 256);
     same(window.output, 2 * (8192.0 * 4096 * 2));
     same(window.moe, 2 * 4096.0 * 256 + 6 * 4096.0 * 2048 * 7);
     double all = 0;

@@ -20,7 +20,7 @@ enum {
     CEILING = 8192
 };
 
-struct lsa_bench {
+struct lsa_layer_bench {
     lsa_ctx *ctx;
     cuda_state *cs;
     lsa_gpu_teacher_geom g;
@@ -56,19 +56,19 @@ static __global__ void __launch_bounds__(THREADS)
     atomicAdd(sum, mine);
 }
 
-static lsa_status note_use(lsa_bench *b, lsa_err *err) {
+static lsa_status note_use(lsa_layer_bench *b, lsa_err *err) {
     size_t left = 0, all = 0;
     LSA_CUDA(cudaMemGetInfo(&left, &all));
     if ((int64_t)(all - left) > b->most) b->most = (int64_t)(all - left);
     return LSA_OK;
 }
 
-extern "C" lsa_status lsa_bench_create(lsa_bench **out, int64_t *bytes, lsa_ctx *ctx,
-                                       const lsa_gpu_teacher_geom *g, const float *freq_main,
-                                       const float *freq_comp, int64_t max_tokens, int64_t chunk, int stores,
-                                       lsa_err *err) {
+extern "C" lsa_status lsa_layer_bench_create(lsa_layer_bench **out, int64_t *bytes, lsa_ctx *ctx,
+                                             const lsa_gpu_teacher_geom *g, const float *freq_main,
+                                             const float *freq_comp, int64_t max_tokens, int64_t chunk,
+                                             int stores, lsa_err *err) {
     lsa_status st = LSA_OK;
-    lsa_bench *b = (lsa_bench *)calloc(1, sizeof *b);
+    lsa_layer_bench *b = (lsa_layer_bench *)calloc(1, sizeof *b);
     const int64_t streams = (int64_t)g->hc_mult * g->hidden;
     /* the documents of a wave take the same room as a long one */
     const int64_t tokens = max_tokens > PLACES * chunk ? max_tokens : PLACES * chunk;
@@ -106,11 +106,11 @@ extern "C" lsa_status lsa_bench_create(lsa_bench **out, int64_t *bytes, lsa_ctx 
     *out = b;
     b = NULL;
 done:
-    lsa_bench_destroy(b);
+    lsa_layer_bench_destroy(b);
     return st;
 }
 
-extern "C" void lsa_bench_destroy(lsa_bench *b) {
+extern "C" void lsa_layer_bench_destroy(lsa_layer_bench *b) {
     if (!b) return;
     lsa_bf16_destroy(b->layer);
     void *const p[] = {b->arena, b->stored[0], b->stored[1], b->X, b->token, b->sum};
@@ -122,11 +122,11 @@ extern "C" void lsa_bench_destroy(lsa_bench *b) {
     free(b);
 }
 
-extern "C" int64_t lsa_bench_peak(const lsa_bench *b) {
+extern "C" int64_t lsa_layer_bench_peak(const lsa_layer_bench *b) {
     return b->most;
 }
 
-static lsa_status elapsed(lsa_bench *b, double *seconds, lsa_err *err) {
+static lsa_status elapsed(lsa_layer_bench *b, double *seconds, lsa_err *err) {
     float ms = 0;
     LSA_CUDA(cudaEventSynchronize(b->ended));
     LSA_CUDA(cudaEventElapsedTime(&ms, b->begun, b->ended));
@@ -134,7 +134,8 @@ static lsa_status elapsed(lsa_bench *b, double *seconds, lsa_err *err) {
     return LSA_OK;
 }
 
-extern "C" lsa_status lsa_bench_ceilings(lsa_bench *b, double *flops, double *bandwidth, lsa_err *err) {
+extern "C" lsa_status lsa_layer_bench_ceilings(lsa_layer_bench *b, double *flops, double *bandwidth,
+                                               lsa_err *err) {
     lsa_status st = LSA_OK;
     enum { TIMES = 20 };
     const int64_t n = CEILING;
@@ -165,8 +166,8 @@ done:
     return st;
 }
 
-extern "C" lsa_status lsa_bench_weights(lsa_bench *b, const lsa_bench_layer *l, int64_t *stored,
-                                        double *seconds, lsa_err *err) {
+extern "C" lsa_status lsa_layer_bench_weights(lsa_layer_bench *b, const lsa_layer_bench_layer *l,
+                                              int64_t *stored, double *seconds, lsa_err *err) {
     lsa_status st = LSA_OK;
     const cudaStream_t s = b->cs->stream;
     LSA_TRY(bf16_layout_make(b->layout, &b->g, l->ratio, l->roles, l->hash, b->arena, err));
@@ -182,11 +183,11 @@ done:
     return st;
 }
 
-static void fresh_streams(lsa_bench *b, int64_t n) {
+static void fresh_streams(lsa_layer_bench *b, int64_t n) {
     streams_k<<<4096, THREADS, 0, b->cs->stream>>>(b->X, n * b->g.hc_mult * b->g.hidden, 1);
 }
 
-static lsa_status document(lsa_bench *b, uint16_t *X, int64_t n, lsa_err *err) {
+static lsa_status document(lsa_layer_bench *b, uint16_t *X, int64_t n, lsa_err *err) {
     for (int64_t p = 0; p < n; p += b->chunk) {
         const int64_t m = n - p < b->chunk ? n - p : b->chunk;
         const lsa_status st = lsa_bf16_layer(b->layer, &b->layout->w, X + p * b->g.hc_mult * b->g.hidden,
@@ -196,9 +197,9 @@ static lsa_status document(lsa_bench *b, uint16_t *X, int64_t n, lsa_err *err) {
     return LSA_OK;
 }
 
-extern "C" lsa_status lsa_bench_run(lsa_bench *b, const lsa_bench_layer *l, int64_t n, int runs,
-                                    double *seconds, double stage[LSA_BF16_STAGES], uint64_t *checksum,
-                                    lsa_err *err) {
+extern "C" lsa_status lsa_layer_bench_run(lsa_layer_bench *b, const lsa_layer_bench_layer *l, int64_t n,
+                                          int runs, double *seconds, double stage[LSA_BF16_STAGES],
+                                          uint64_t *checksum, lsa_err *err) {
     lsa_status st = LSA_OK;
     double before[LSA_BF16_STAGES], once;
     const cudaStream_t s = b->cs->stream;
@@ -237,7 +238,7 @@ done:
 /* The thread that reads: layer k's stored bytes, piece by piece, no faster than the source, into stored[k %
  * 2] once layer k - 2 was decoded from it. */
 struct source {
-    lsa_bench *b;
+    lsa_layer_bench *b;
     int64_t bytes; /* of a layer */
     char *file;    /* [bytes] what it reads from: pageable memory */
     int layers;
@@ -357,7 +358,7 @@ static void traffic_close(traffic *x) {
     if (x->out) cudaStreamDestroy(x->out);
 }
 
-static lsa_status wave_document(lsa_bench *b, traffic *x, int64_t n, lsa_err *err) {
+static lsa_status wave_document(lsa_layer_bench *b, traffic *x, int64_t n, lsa_err *err) {
     const int at = (int)(x->turn % PLACES);
     const size_t numbers = (size_t)(n * b->g.hc_mult * b->g.hidden);
     uint16_t *const X = b->X + (size_t)at * numbers;
@@ -384,8 +385,8 @@ static lsa_status add_seconds(double *to, cudaEvent_t from, cudaEvent_t until, l
     return LSA_OK;
 }
 
-static lsa_status wave_layers(lsa_bench *b, source *from, traffic *x, int64_t wave, int64_t n, cudaEvent_t *e,
-                              lsa_bench_wave *out, lsa_err *err) {
+static lsa_status wave_layers(lsa_layer_bench *b, source *from, traffic *x, int64_t wave, int64_t n,
+                              cudaEvent_t *e, lsa_layer_bench_wave *out, lsa_err *err) {
     lsa_status st = LSA_OK;
     const cudaStream_t s = b->cs->stream;
     double start = lsa_now_s();
@@ -424,8 +425,9 @@ done:
     return st;
 }
 
-extern "C" lsa_status lsa_bench_stream(lsa_bench *b, const lsa_bench_layer *l, int layers, int64_t wave,
-                                       int64_t n, double rate, lsa_bench_wave *out, lsa_err *err) {
+extern "C" lsa_status lsa_layer_bench_stream(lsa_layer_bench *b, const lsa_layer_bench_layer *l, int layers,
+                                             int64_t wave, int64_t n, double rate, lsa_layer_bench_wave *out,
+                                             lsa_err *err) {
     lsa_status st = LSA_OK;
     source from = {};
     traffic x = {};
