@@ -30,12 +30,12 @@ static __device__ __forceinline__ void load_transposed(uint32_t r[4], const void
                  : "r"((uint32_t)__cvta_generic_to_shared(row)));
 }
 
-/* 16 bytes to shared memory, zeros where from is NULL; a batch ends with copy_end and has arrived after
- * copy_wait and a barrier. */
-static __device__ __forceinline__ void copy_16(void *to, const void *from) {
+/* 16 bytes to shared memory, zeros unless `there` (from is then not read, but has to be an address); a batch
+ * ends with copy_end and has arrived after copy_wait and a barrier. */
+static __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) {
     asm volatile(
         "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from ? from : to), "r"(from ? 16 : 0)
+        "l"(from), "r"(there ? 16 : 0)
         : "memory");
 }
 static __device__ __forceinline__ void copy_end(void) {

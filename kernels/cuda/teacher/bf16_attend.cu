@@ -54,12 +54,12 @@ static __device__ __forceinline__ void fetch(const bf16_attend_args &a, uint16_t
     for (int i = threadIdx.x; i < ROWS * PARTS; i += THREADS) {
         const int r = i / PARTS, c = i % PARTS;
         const int64_t at = i0 + r;
-        const uint16_t *from = NULL;
+        const uint16_t *from = a.win; /* beyond the last row: zeros */
         if (at < n_win)
             from = a.win + (first + at) * D;
         else if (at < n)
             from = a.row + (a.sel ? a.sel[t * a.top + at - n_win] : at - n_win) * D;
-        copy_16(place<D>(tile, r, c), from ? from + c * 8 : NULL);
+        copy_16(place<D>(tile, r, c), from + c * 8, at < n);
     }
     copy_end();
 }
@@ -260,8 +260,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
             __syncthreads(); /* the former heads' shared memory is free */
             for (int i = tid; i < HEADS * (D / 8); i += THREADS) {
                 const int h = i / (D / 8), c = i % (D / 8);
-                copy_16(place<D>(q, h, c),
-                        h < heads ? a.q + t * a.ldq + (int64_t)(h0 + h) * D + c * 8 : NULL);
+                copy_16(place<D>(q, h, c), a.q + t * a.ldq + (h < heads ? (int64_t)(h0 + h) * D : 0) + c * 8,
+                        h < heads);
             }
             if (tid < HEADS) state.most[tid] = -INFINITY, state.sum[tid] = 0;
             fetch<D>(a, tile, t, 0, first, n_win, n);
@@ -310,6 +310,15 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 template <int D> static lsa_status attend(const bf16_attend_args *a, cudaStream_t s, lsa_err *err) {
     const int64_t blocks = a->m < a->blocks ? a->m : a->blocks;
+    int device, room;
+    LSA_CUDA(cudaGetDevice(&device));
+    LSA_CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (room < attend_bytes<D>() + (int)sizeof(softmax_state))
+        LSA_RET_FAIL(
+            LSA_E_CONFIG,
+            "bf16 attention at heads of %d takes %d bytes of shared memory a block, this GPU has %d; use "
+            "the fp32 tier or an sm_90 GPU",
+            D, attend_bytes<D>() + (int)sizeof(softmax_state), room);
     LSA_CUDA(cudaFuncSetAttribute(bf16_attend_k<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   attend_bytes<D>()));
     bf16_attend_k<D><<<(unsigned)blocks, THREADS, attend_bytes<D>(), s>>>(*a);

@@ -227,8 +227,8 @@ static inline void load_matrices(uint32_t r[4], const void *row) {
 static inline void load_transposed(uint32_t r[4], const void *row) {
     emu_matrices(r, row, true);
 }
-static inline void copy_16(void *to, const void *from) {
-    if (from)
+static inline void copy_16(void *to, const void *from, bool there) {
+    if (there)
         memcpy(to, from, 16);
     else
         memset(to, 0, 16);
