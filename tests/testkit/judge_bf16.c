@@ -496,7 +496,7 @@ int judge_bf16(lsa_ctx *ctx, const lsa_gpu_teacher_geom *g, int32_t ratio, int32
     /* orders of f32 sums flip bf16 roundings, codes of the simulations and near ties of experts and chunks */
     const bool sims = g->sim_fp8_kv || g->sim_fp4_index, ok = rms < 1e-2 && mass_rms < (sims ? 3e-2 : 1e-2) &&
                                                               apart < (sims ? 0.05 : 0.02) &&
-                                                              v.rerouted <= v.tokens / 50;
+                                                              v.rerouted <= v.tokens / 20 + 1;
     printf(
         "bf16 layer, ratio %d, %d x %d, %lld tokens by %lld%s%s: streams rms %.2g, %lld of %lld tokens apart, "
         "%.2g %% of %lld selections, masses rms %.2g%s\n",
