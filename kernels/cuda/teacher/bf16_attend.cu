@@ -15,7 +15,7 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/teacher/bf16_state.h"
 
-enum { THREADS = TEACHER_THREADS, HEADS = 64, ROWS = 64 };
+enum { THREADS = TEACHER_THREADS, HEADS = 64, ROWS = 64, ATTEND_STATIC = 2048 /* at most */ };
 
 static __device__ __forceinline__ uint32_t half_pair(float x, float y) {
     const __half2 h = __floats2half2_rn(x, y);
@@ -45,21 +45,27 @@ struct softmax_state {
     float most[HEADS], sum[HEADS], fade[HEADS];
 };
 
-/* 64 rows from i0 on, of n; where from is decided by each thread for its own. */
+/* Which row is number `at` of the token's n; -1 beyond the last. */
+static __device__ __forceinline__ int32_t row_of(const bf16_attend_args &a, int64_t t, int64_t at,
+                                                 int64_t first, int64_t n_win, int64_t n) {
+    return at >= n      ? -1
+           : at < n_win ? (int32_t)(first + at)
+           : a.sel      ? a.sel[t * a.top + at - n_win]
+                        : (int32_t)(at - n_win);
+}
+
+/* 64 rows from i0 on; index: which they are, looked up a tile ahead, so that nothing here waits for memory.
+ */
 template <int D>
-static __device__ __forceinline__ void fetch(const bf16_attend_args &a, uint16_t *tile, int64_t t, int64_t i0,
-                                             int64_t first, int64_t n_win, int64_t n) {
+static __device__ __forceinline__ void fetch(const bf16_attend_args &a, uint16_t *tile, const int32_t *index,
+                                             int64_t i0, int64_t n_win) {
     enum { PARTS = D / 8 };
 #pragma unroll 4
     for (int i = threadIdx.x; i < ROWS * PARTS; i += THREADS) {
         const int r = i / PARTS, c = i % PARTS;
-        const int64_t at = i0 + r;
-        const uint16_t *from = a.win; /* beyond the last row: zeros */
-        if (at < n_win)
-            from = a.win + (first + at) * D;
-        else if (at < n)
-            from = a.row + (a.sel ? a.sel[t * a.top + at - n_win] : at - n_win) * D;
-        copy_16(place<D>(tile, r, c), from + c * 8, at < n);
+        const int32_t at = index[r];
+        copy_16(place<D>(tile, r, c), (i0 + r < n_win ? a.win : a.row) + (int64_t)max(at, 0) * D + c * 8,
+                at >= 0);
     }
     copy_end();
 }
@@ -243,6 +249,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     enum { N = D / 64 };
     extern __shared__ uint4 shared16[];
     __shared__ softmax_state state;
+    __shared__ int32_t index[2][ROWS];
     uint16_t *const q = (uint16_t *)shared16, *const tile = q + HEADS * D;
     float *const s = (float *)(tile + 2 * ROWS * D);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t4 = lane & 3;
@@ -264,16 +271,21 @@ static __global__ void __launch_bounds__(THREADS, 1)
                         h < heads);
             }
             if (tid < HEADS) state.most[tid] = -INFINITY, state.sum[tid] = 0;
-            fetch<D>(a, tile, t, 0, first, n_win, n);
+            if (tid < 2 * ROWS) index[tid / ROWS][tid % ROWS] = row_of(a, t, tid, first, n_win, n);
+            __syncthreads();
+            fetch<D>(a, tile, index[0], 0, n_win);
             for (int64_t i0 = 0, k = 0; i0 < n; i0 += ROWS, k++) {
                 uint16_t *const now = tile + (k & 1) * ROWS * D;
                 copy_wait();
                 __syncthreads();
-                if (i0 + ROWS < n) fetch<D>(a, tile + (~k & 1) * ROWS * D, t, i0 + ROWS, first, n_win, n);
+                if (i0 + ROWS < n) fetch<D>(a, tile + (~k & 1) * ROWS * D, index[~k & 1], i0 + ROWS, n_win);
+                int32_t next = -1; /* of the tile after that */
+                if (tid < ROWS) next = row_of(a, t, i0 + 2 * ROWS + tid, first, n_win, n);
                 scores<D>(q, now, s, lane, warp);
                 __syncthreads();
                 softmax(s, &state, (int)min((int64_t)ROWS, n - i0), scale,
                         kept ? kept + k * HEADS * ROWS : NULL, kept ? kept_most + k * HEADS : NULL);
+                if (tid < ROWS) index[k & 1][tid] = next;
                 __syncthreads();
                 values<D>(o, s, now, &state, lane, warp);
             }
@@ -313,12 +325,12 @@ template <int D> static lsa_status attend(const bf16_attend_args *a, cudaStream_
     int device, room;
     LSA_CUDA(cudaGetDevice(&device));
     LSA_CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    if (room < attend_bytes<D>() + (int)sizeof(softmax_state))
+    if (room < attend_bytes<D>() + ATTEND_STATIC)
         LSA_RET_FAIL(
             LSA_E_CONFIG,
             "bf16 attention at heads of %d takes %d bytes of shared memory a block, this GPU has %d; use "
             "the fp32 tier or an sm_90 GPU",
-            D, attend_bytes<D>() + (int)sizeof(softmax_state), room);
+            D, attend_bytes<D>() + ATTEND_STATIC, room);
     LSA_CUDA(cudaFuncSetAttribute(bf16_attend_k<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   attend_bytes<D>()));
     bf16_attend_k<D><<<(unsigned)blocks, THREADS, attend_bytes<D>(), s>>>(*a);
