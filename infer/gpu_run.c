@@ -20,8 +20,8 @@ struct lsa_gpu_run {
     double taps, feeding; /* seconds */
 };
 
-lsa_gpu_teacher_geom lsa_gpu_geom_of(const lsa_engine *e) {
-    const lsa_teacher_config *c = &e->c;
+lsa_gpu_teacher_geom lsa_gpu_geom_of_config(const lsa_teacher_config *c, bool sim_fp8_kv,
+                                            bool sim_fp4_index) {
     return (lsa_gpu_teacher_geom){.hidden = c->hidden,
                                   .n_head = c->n_head,
                                   .head_dim = c->head_dim,
@@ -43,8 +43,12 @@ lsa_gpu_teacher_geom lsa_gpu_geom_of(const lsa_engine *e) {
                                   .norm_eps = c->norm_eps,
                                   .route_scale = c->route_scale,
                                   .swiglu_limit = c->swiglu_limit,
-                                  .sim_fp8_kv = e->opts.sim_fp8_kv,
-                                  .sim_fp4_index = e->opts.sim_fp4_index};
+                                  .sim_fp8_kv = sim_fp8_kv,
+                                  .sim_fp4_index = sim_fp4_index};
+}
+
+lsa_gpu_teacher_geom lsa_gpu_geom_of(const lsa_engine *e) {
+    return lsa_gpu_geom_of_config(&e->c, e->opts.sim_fp8_kv, e->opts.sim_fp4_index);
 }
 
 lsa_gpu_layer_weights lsa_gpu_weights_of(const layer_weights *w, int32_t ratio) {

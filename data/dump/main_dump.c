@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/dump/bench.h"
 #include "data/dump/import.h"
 #include "data/dump/inputs.h"
 #include "data/dump/recheck.h"
@@ -170,6 +171,32 @@ static lsa_status cmd_synth(int argc, char **argv, lsa_err *err) {
     return lsa_synth(&o, out, err);
 }
 
+static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
+    lsa_layer_bench_opts o = {.device = "cuda",
+                              .memory_cap = INT64_C(76) << 30,
+                              .wave_tokens = INT64_C(1) << 20,
+                              .source_rate = 5e9};
+    double rate = 5;
+    const lsa_opt opts[] = {
+        {"config", "FILE", LSA_OPT_STR, &o.config, "config.json of the model; its weights are not needed"},
+        {"device", "DEVICE", LSA_OPT_STR, &o.device, "cuda or cuda:N (default cuda)"},
+        {"memory-cap", "SIZE", LSA_OPT_SIZE, &o.memory_cap, "most GPU memory to take (default 76G)"},
+        {"chunk-tokens", "N", LSA_OPT_I64, &o.chunk,
+         "tokens that pass a layer's kernels together (default: the most that fits, up to 32768)"},
+        {"wave-tokens", "N", LSA_OPT_I64, &o.wave_tokens,
+         "streaming test: tokens that pass a layer while the next one's weights are read (default 1048576; 0: none)"},
+        {"source-rate", "GB/S", LSA_OPT_F64, &rate, "streaming test: how fast weights are read (default 5)"},
+        {"json", NULL, LSA_OPT_FLAG, &o.json, "a line of JSON a case, and one for all"},
+        {0}};
+    lsa_cli_parse(
+        "Measure the bf16 layer at a model's true size on this GPU, with made-up weights in their storage types: "
+        "tokens/s by kind of layer at 32,768 and 131,072 tokens a document, and what follows for the whole model.",
+        "", opts, argc, argv, NULL, 0);
+    o.source_rate = rate * 1e9;
+    if (!o.config) LSA_RET_FAIL(LSA_E_ARG, "--config is required; see --help");
+    return lsa_layer_bench_command(&o, err);
+}
+
 static lsa_status cmd_verify(int argc, char **argv, lsa_err *err) {
     const char *dir;
     lsa_recheck_opts o = {.seed = -1};
@@ -264,6 +291,7 @@ int main(int argc, char **argv) {
         {"import", "make shards of FlashMemory pickles or engine responses", cmd_import},
         {"synth", "shards of a made-up teacher with known golden chunks", cmd_synth},
         {"plan", "what a run will take", cmd_plan},
+        {"bench", "what a full-size layer takes on this GPU", cmd_bench},
         {"verify", "check a shard folder", cmd_verify},
         {"info", "describe a shard folder", cmd_info},
         {0}};

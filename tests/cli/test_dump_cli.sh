@@ -6,12 +6,16 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=2
 teacher=recipes/mini/teacher
 
-for sub in run resume synth verify info plan; do expect 0 "Usage: lsa-dump $sub" "$bin/lsa-dump" $sub --help; done
+for sub in run resume synth verify info plan bench; do expect 0 "Usage: lsa-dump $sub" "$bin/lsa-dump" $sub --help; done
 expect 0 "lsa " "$bin/lsa-dump" --version
 expect 2 "" "$bin/lsa-dump"
 expect 2 "" "$bin/lsa-dump" fly
 expect 2 "--teacher, --tokens and --out" "$bin/lsa-dump" run
 expect 4 "GPU 0" "$bin/lsa-dump" run --teacher $teacher --tokens recipes/mini/val.u16 --out "$work/x" --device cuda
+
+expect 2 "--config is required" "$bin/lsa-dump" bench
+expect 2 "--memory-cap" "$bin/lsa-dump" bench --config tests/fixtures/v4-flash/config.json --memory-cap 0
+expect 4 "GPU 0" "$bin/lsa-dump" bench --config tests/fixtures/v4-pro/config.json --json
 
 # documents: made small from the mini teacher's text
 "$python" - "$work" <<'PY' || bad "cannot make the documents"

@@ -365,6 +365,34 @@ done:
     return st;
 }
 
+lsa_status teacher_index16(const teacher_index *a, cudaStream_t s, lsa_err *err) {
+    const int64_t keys = lsa_visible(a->p + a->m - 1), ld = (keys + 32) / 32 * 32,
+                  fit = a->room / ld < 1 ? 1 : a->room / ld;
+    for (int64_t i = 0; i < a->m; i += fit) {
+        const int64_t rows = a->m - i < fit ? a->m - i : fit, visible = lsa_visible(a->p + i + rows - 1);
+        const screen_args z = {(const __half *)a->q + i * a->Hi * TEACHER_SCREENED,
+                               (const __half *)a->key,
+                               a->iw + i * a->Hi,
+                               a->logit,
+                               a->p + i,
+                               ld,
+                               (int)rows,
+                               a->Hi};
+        if (visible > 0)
+            screen_k<<<dim3((unsigned)((visible + KEYS - 1) / KEYS),
+                            (unsigned)((rows + TOKENS - 1) / TOKENS)),
+                       THREADS, 0, s>>>(z);
+        choose_args c = {};
+        c.logit = a->logit, c.chunk = a->candidate;
+        c.p = a->p + i, c.ld = ld;
+        c.k = a->k, c.Hi = a->Hi, c.Di = TEACHER_SCREENED;
+        c.sel = a->sel + i * a->k, c.n_sel = a->n_sel + i, c.sel_logit = a->sel_logit + i * a->k;
+        choose_k<<<(unsigned)rows, THREADS, 0, s>>>(c);
+        LSA_CUDA(cudaGetLastError());
+    }
+    return LSA_OK;
+}
+
 lsa_status teacher_probe(lsa_gpu_teacher *t, int64_t p, int64_t at, float *logit, lsa_err *err) {
     const lsa_gpu_teacher_geom *g = &t->g;
     const int64_t n = lsa_visible(p + at);

@@ -101,6 +101,19 @@ lsa_status teacher_project(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p
 lsa_status teacher_compress(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t first, int64_t last,
                             lsa_err *err);
 lsa_status teacher_select(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_err *err);
+/* Selection by f16 logits alone (the bf16 tier): q [m, Hi, 128], key [chunks, 128] f16, iw [m, Hi]; logit and
+ * candidate [room]: rows of some tokens, at least one; out as teacher_rows has it. */
+struct teacher_index {
+    const uint16_t *q, *key;
+    const float *iw;
+    float *logit;
+    int32_t *candidate;
+    int64_t room, p, m;
+    int Hi, k;
+    int32_t *sel, *n_sel;
+    float *sel_logit;
+};
+lsa_status teacher_index16(const teacher_index *a, cudaStream_t s, lsa_err *err);
 lsa_status teacher_attend(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int64_t p, int64_t m, lsa_err *err);
 /* The whole row of f32 index logits of token `at` of the chunk. */
 lsa_status teacher_probe(lsa_gpu_teacher *t, int64_t p, int64_t at, float *logit, lsa_err *err);

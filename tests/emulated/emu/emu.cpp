@@ -205,6 +205,14 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
     *ms = (float)(1e3 * (*(double *)b - *(double *)a));
     return cudaSuccess;
 }
+cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
+    *value = what == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10; /* multiprocessors take turns */
+    return cudaSuccess;
+}
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     *left = *all = (size_t)1 << 40;
     return cudaSuccess;

@@ -208,6 +208,34 @@ static inline void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
     emu::part();
 }
 
+static inline void emu_matrices(uint32_t r[4], const void *row, bool transposed) {
+    static const uint16_t *held[32][32];
+    const uint16_t **const warp = held[emu::current >> 5];
+    warp[emu::lane()] = (const uint16_t *)row;
+    emu::meet(0xffffffffu, 0);
+    const int g = emu::lane() >> 2, t = emu::lane() & 3;
+    for (int i = 0; i < 4; i++) {
+        const uint16_t *const *const m = warp + 8 * i;
+        r[i] = transposed ? m[2 * t][g] | (uint32_t)m[2 * t + 1][g] << 16
+                          : m[g][2 * t] | (uint32_t)m[g][2 * t + 1] << 16;
+    }
+    emu::part();
+}
+static inline void load_matrices(uint32_t r[4], const void *row) {
+    emu_matrices(r, row, false);
+}
+static inline void load_transposed(uint32_t r[4], const void *row) {
+    emu_matrices(r, row, true);
+}
+static inline void copy_16(void *to, const void *from, bool there) {
+    if (there)
+        memcpy(to, from, 16);
+    else
+        memset(to, 0, 16);
+}
+static inline void copy_end(void) {}
+static inline void copy_wait(void) {}
+
 /* The runtime: device memory is host memory, a stream runs at once. */
 #define cudaLaunchKernelEx                             emu_launch_ex
 #define cudaSetDevice(device)                          cudaSuccess
