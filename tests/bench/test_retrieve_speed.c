@@ -61,6 +61,7 @@ typedef struct bench {
     int64_t *position, *n; /* device [BATCH] */
     float *logit;          /* device [BATCH, CHUNKS] */
     int32_t *out, *n_out;
+    float **state; /* device [1]: observed masses [2, CHUNKS] */
     double copy_rate;
 } bench;
 
@@ -78,8 +79,14 @@ static void one(bench *b, int what, int i, const lsa_idx_rule *rule) {
         idx(lsa_idx_query(b->x, 0, BATCH, b->hidden, b->position, b->s, text));
         return;
     }
+    if (what == 5 || what == 6) /* all of level 1 */
+        idx(lsa_idx_query(b->x, 0, 1, b->hidden, b->position, b->s, text));
     idx(lsa_idx_score(b->x, 0, 1, b->keys + i % POOLS, z, CHUNKS, b->s, text));
-    if (rule) idx(lsa_idx_select(b->x, 1, rule, z, CHUNKS, b->n, b->out, CHUNKS, b->n_out, b->s, text));
+    if (what == 6)
+        idx(lsa_idx_select_observed(b->x, 1, rule, z, CHUNKS, b->n, (const float *const *)b->state, CHUNKS,
+                                    b->out, CHUNKS, b->n_out, b->s, text));
+    else if (rule)
+        idx(lsa_idx_select(b->x, 1, rule, z, CHUNKS, b->n, b->out, CHUNKS, b->n_out, b->s, text));
 }
 
 /* Median microseconds of one call inside a graph of IN_GRAPH of them. */
@@ -141,6 +148,28 @@ static void report(bench *b, const char *name, const char *path, double us, doub
         (unsigned long long)lsa_xxh64(z, CHUNKS * sizeof *z));
     fflush(stdout);
     free(z);
+}
+
+/* All of level 1 for one layer: query, scores and pages; plain, with a continuation, and with observed masses
+ * too. */
+static void level1(bench *b, const lsa_indexer_file *plain, const char *folder, const lsa_idx_rule *rule,
+                   double bytes) {
+    static const char *const NAME[] = {"level 1", "level 1, continuation", "level 1, continuation and prior"};
+    for (int k = 0; k < 3; k++) {
+        lsa_indexer_file f = *plain;
+        const lsa_idx_options o = {"cuda", LSA_IDX_FP8, BATCH, CHUNKS};
+        f.geom.reach = k > 0 ? 16 : 0;
+        f.geom.prior = k > 1;
+        float *const params = LSA_GEN_NEW(float, lsa_indexer_n_param(&f.geom));
+        lsa_indexer_init_random(params, &f.geom, 1);
+        f.params = params;
+        ok(lsa_indexer_file_save(&f, folder, &err));
+        idx(lsa_idx_open(&b->x, LSA_IDX_ABI, folder, &o, text));
+        report(b, NAME[k], "fp8", time_it(b, k > 1 ? 6 : 5, rule),
+               bytes + 4.0 * (double)lsa_indexer_n_param(&f.geom), 1);
+        lsa_idx_close(b->x);
+        free(params);
+    }
 }
 
 int main(void) {
@@ -206,6 +235,14 @@ int main(void) {
     b.n_out = device(NULL, 64);
     const double key_bytes = 132.0 * CHUNKS;
 
+    float *const mass = LSA_GEN_NEW(float, 2 * CHUNKS);
+    for (int64_t i = 0; i < 2 * CHUNKS; i++)
+        mass[i] = lsa_rng_uniform(&r) < 0.9f ? 0 : 0.01f * lsa_rng_uniform(&r);
+    float *const masses = device(mass, sizeof *mass * 2 * CHUNKS);
+    b.state = device(&masses, sizeof masses);
+    free(mass);
+    lsa_idx_rule pages = {
+        .mode = LSA_IDX_PAGES, .ensemble = LSA_IDX_SUM, .tail = 64, .k = 384, .budget = 0.1};
     for (int path = LSA_IDX_FP8; path >= LSA_IDX_BF16; path--) {
         const char *const name = path == LSA_IDX_FP8 ? "fp8" : "bf16";
         const lsa_idx_options o = {"cuda", path, BATCH, CHUNKS};
@@ -225,6 +262,7 @@ int main(void) {
                                  .threshold = z[(int)(0.9 * CHUNKS)]};
             free(z);
             report(&b, "score + threshold", name, time_it(&b, 0, &rule), key_bytes, 1);
+            pages.threshold = rule.threshold;
             rule.mode = LSA_IDX_PAGES;
             report(&b, "score + 384 pages", name, time_it(&b, 0, &rule), key_bytes, 1);
             rule.mode = LSA_IDX_BUDGET;
@@ -235,6 +273,7 @@ int main(void) {
         report(&b, "score", name, time_it(&b, 2, NULL), key_bytes * BATCH, BATCH);
         lsa_idx_close(b.x);
     }
+    level1(&b, &f, folder, &pages, key_bytes);
     ok(lsa_remove_tree(folder, &err));
     lsa_ctx_destroy(ctx);
     return 0;
