@@ -62,6 +62,8 @@ typedef enum lsa_gpu_batch_part {
     LSA_BATCH_PARTS
 } lsa_gpu_batch_part;
 LSA_NODISCARD lsa_status lsa_gpu_batch_launch(lsa_gpu_batch *b, lsa_gpu_batch_part part, lsa_err *err);
+/* One layer: score, top-k and attention, or attention. */
+LSA_NODISCARD lsa_status lsa_gpu_batch_layer(lsa_gpu_batch *b, int32_t layer, lsa_err *err);
 /* Median of n replays of a CUDA graph of the part, in seconds; before each, `flush` bytes are written, which
  * empties the L2 cache as other layers' weights would. */
 LSA_NODISCARD lsa_status lsa_gpu_batch_time(lsa_gpu_batch *b, lsa_gpu_batch_part part, int32_t n,

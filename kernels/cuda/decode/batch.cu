@@ -365,6 +365,17 @@ static lsa_status attend(lsa_gpu_batch *b, int32_t l, lsa_err *err) {
     return decode_attend(&b->scorer, &a, o->head_dim, b->cs->stream, err);
 }
 
+extern "C" lsa_status lsa_gpu_batch_layer(lsa_gpu_batch *b, int32_t layer, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (b->ord[layer] >= 0) {
+        LSA_TRY(score(b, b->ord[layer], err));
+        LSA_TRY(choose(b, err));
+    }
+    LSA_TRY(attend(b, layer, err));
+done:
+    return st;
+}
+
 extern "C" lsa_status lsa_gpu_batch_launch(lsa_gpu_batch *b, lsa_gpu_batch_part part, lsa_err *err) {
     lsa_status st = LSA_OK;
     const bool all = part == LSA_BATCH_CSA || part == LSA_BATCH_STEP;

@@ -14,13 +14,11 @@ static lsa_status capture(lsa_gpu_batch *b, lsa_gpu_batch_part part, lsa_err *er
     LSA_CUDA(cudaStreamBeginCapture(b->cs->stream, cudaStreamCaptureModeThreadLocal));
     const lsa_status st = lsa_gpu_batch_launch(b, part, err);
     LSA_CUDA(cudaStreamEndCapture(b->cs->stream, &g));
-    if (st == LSA_OK) {
-        const cudaError_t e = cudaGraphInstantiate(&b->graph[part], g, 0);
-        cudaGraphDestroy(g);
-        if (e != cudaSuccess) {
-            cudaGetLastError();
-            LSA_RET_FAIL(LSA_E_DEVICE, "CUDA graph of a step: %s", cudaGetErrorString(e));
-        }
+    const cudaError_t e = st == LSA_OK ? cudaGraphInstantiate(&b->graph[part], g, 0) : cudaSuccess;
+    cudaGraphDestroy(g);
+    if (e != cudaSuccess) {
+        cudaGetLastError();
+        LSA_RET_FAIL(LSA_E_DEVICE, "CUDA graph of a step: %s", cudaGetErrorString(e));
     }
     return st;
 }

@@ -205,6 +205,10 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
     *ms = (float)(1e3 * (*(double *)b - *(double *)a));
     return cudaSuccess;
 }
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) { /* an sm_80 */
+    *value = what == cudaDevAttrComputeCapabilityMajor ? 8 : what == cudaDevAttrMultiProcessorCount ? 16 : 0;
+    return cudaSuccess;
+}
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     *left = *all = (size_t)1 << 40;
     return cudaSuccess;
