@@ -1,3 +1,4 @@
+/* lsa-decode bench: cases, their rows, comparisons, and a pool of memory filled with requests. */
 #include "infer/bench.h"
 
 #include <stdio.h>
@@ -233,10 +234,12 @@ static void break_even(const bench *x) {
                     found = pass ? batch : context;
             }
             const long long at = (long long)(pass ? x->o->context[a] : x->o->batch[a]);
-            if (x->o->json)
-                printf("{\"case\": \"break_even\", \"%s\": %lld, \"smallest_%s\": %s%lld%s}\n",
-                       pass ? "context" : "batch", at, pass ? "batch" : "context", found < 0 ? "\"" : "",
-                       (long long)found, found < 0 ? "\"" : "");
+            if (x->o->json && found < 0)
+                printf("{\"case\": \"break_even\", \"%s\": %lld, \"smallest_%s\": null}\n",
+                       pass ? "context" : "batch", at, pass ? "batch" : "context");
+            else if (x->o->json)
+                printf("{\"case\": \"break_even\", \"%s\": %lld, \"smallest_%s\": %lld}\n",
+                       pass ? "context" : "batch", at, pass ? "batch" : "context", (long long)found);
             else if (found < 0)
                 printf("break-even: %s %lld: full is faster in every case that ran\n",
                        pass ? "context" : "batch", at);

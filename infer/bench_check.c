@@ -1,3 +1,4 @@
+/* Recomputes sampled logits, the choice of the top k and sampled heads of layers on the host. */
 #include "infer/bench_check.h"
 
 #include <math.h>
@@ -17,7 +18,7 @@ typedef struct looker {
     lsa_bench_check *out;
     int32_t request, layer, ord; /* ord: -1 if not CSA */
     int32_t *order;              /* [64 n_page] */
-    float *row;                  /* [entries, D] */
+    float *row, *q;              /* [entries, D] [D] */
     double *z, *sum;             /* [entries] [D] */
 } looker;
 
@@ -123,6 +124,8 @@ static lsa_status check_outputs(looker *k, lsa_err *err) {
         const int32_t h = (int32_t)((int64_t)j * o->n_head / HEADS);
         double most = 2 * (double)lsa_synth_real(LSA_SYNTH_SINK, 0, (uint32_t)h, 0), total;
         const double sink = most;
+        for (int32_t c = 0; c < D; c++)
+            k->q[c] = 4 * lsa_synth_real(LSA_SYNTH_Q, (uint32_t)k->request, (uint32_t)h, (uint32_t)c);
         for (int64_t e = 0; e < n; e++) {
             double dot = 0;
             for (int32_t c = 0; c < D; c++)
@@ -199,6 +202,7 @@ lsa_status lsa_bench_check_batch(lsa_bench_check *out, lsa_gpu_batch *b, const l
     LSA_TRY(LSA_NEW(k.v.out, (int64_t)o->n_head * o->head_dim, err));
     LSA_TRY(LSA_NEW(k.order, chunks, err));
     LSA_TRY(LSA_NEW(k.row, entries * o->head_dim, err));
+    LSA_TRY(LSA_NEW(k.q, o->head_dim, err));
     LSA_TRY(LSA_NEW(k.z, entries, err));
     LSA_TRY(LSA_NEW(k.sum, o->head_dim, err));
     k.v.n_sel = k.v.sel + o->top_k;
@@ -212,6 +216,7 @@ done:
     lsa_free(k.v.out);
     lsa_free(k.order);
     lsa_free(k.row);
+    lsa_free(k.q);
     lsa_free(k.z);
     lsa_free(k.sum);
     return st;

@@ -300,7 +300,9 @@ static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
     LSA_TRY(parse_list(o.batch, &o.n_batch, "--batch", batch, 1, 1024, 1, err));
     LSA_TRY(LSA_NEW(c, 1, err));
     LSA_TRY(lsa_teacher_config_load(c, config, err));
-    LSA_TRY(lsa_ctx_create(&ctx, device, err));
+    st = lsa_ctx_create(&ctx, device, err);
+    if (st != LSA_OK) lsa_err_wrap(err, "bench measures a GPU and has no CPU form");
+    LSA_TRY(st);
     LSA_TRY(lsa_bench(ctx, c, &o, err));
 done:
     lsa_ctx_destroy(ctx);
