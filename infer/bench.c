@@ -11,7 +11,7 @@
 #include "kernels/core/mem.h"
 #include "kernels/model/gpu_teacher.h"
 
-enum { TAU = 64, REPLAYS = 7, CYCLES = 3, MEMORY_HEADS = 128, MEMORY_RANK = 2048 };
+enum { TAU = 64, REPLAYS = 7, CYCLES = 3, MEMORY_HEADS = 128, MEMORY_RANK = 2048, POOL_REQUESTS = 64 };
 static const int64_t FLUSH = 256 << 20, PAGE = LSA_CHUNK * LSA_PAGE_CHUNKS;
 
 typedef struct row { /* seconds, bytes */
@@ -65,6 +65,12 @@ static void memory_layers(lsa_gpu_batch_opts *s, int32_t n_csa) {
             s->memory[s->n_memory++] = at[i];
 }
 
+/* That level 1 has room for. */
+static int32_t most_requests(const lsa_bench_opts *o) {
+    const int64_t most = o->batch[o->n_batch - 1];
+    return most > POOL_REQUESTS ? (int32_t)most : POOL_REQUESTS;
+}
+
 static lsa_status make_memory(bench *x, const lsa_teacher_config *c, lsa_err *err) {
     lsa_status st = LSA_OK;
     float *params = NULL;
@@ -81,8 +87,7 @@ static lsa_status make_memory(bench *x, const lsa_teacher_config *c, lsa_err *er
     }
     LSA_TRY(LSA_NEW(params, lsa_indexer_n_param(&g), err));
     lsa_indexer_init_random(params, &g, 1);
-    LSA_TRY(lsa_gpu_retriever_create(&x->memory, x->ctx, &g, params, LSA_PATH_FP8,
-                                     (int32_t)x->o->batch[x->o->n_batch - 1],
+    LSA_TRY(lsa_gpu_retriever_create(&x->memory, x->ctx, &g, params, LSA_PATH_FP8, most_requests(x->o),
                                      x->o->context[x->o->n_context - 1] / LSA_CHUNK, false, err));
 done:
     lsa_free(params);
@@ -270,8 +275,7 @@ static lsa_status run_pool(bench *x, bool lsa, double *tokens_per_s, int32_t *re
     if (*requests < 1)
         LSA_FAIL(LSA_E_ARG, "--pool-gb %.1f: one %s request needs %.2f GB", x->o->pool_gb,
                  lsa ? "LSA" : "full", (double)r.kv / 1e9);
-    if (lsa && *requests > x->o->batch[x->o->n_batch - 1])
-        *requests = (int32_t)x->o->batch[x->o->n_batch - 1];
+    if (lsa && *requests > most_requests(x->o)) *requests = most_requests(x->o);
     const lsa_gpu_batch_opts s = shape_of(x, lsa, context, *requests);
     LSA_TRY(lsa_gpu_batch_create(&b, x->ctx, &s, err));
     if (lsa) LSA_TRY(lsa_gpu_batch_level1(b, x->memory, x->hidden, 0, &page, &ld, &n, NULL, err));

@@ -11,6 +11,8 @@ bench() { # name options...
     shift
     "$bin/lsa-decode" bench --config tests/fixtures/v4-flash/config.json --json "$@" >"$work/$name" 2>"$work/log" || { cat "$work/log"; exit 1; }
 }
+# small heads, too: 8 index heads, an HCA ratio of its own
+"$bin/lsa-decode" bench --config recipes/mini/teacher/config.json --context 16384 --batch 1,5 --pool-gb 0.05 >/dev/null 2>"$work/log" || { cat "$work/log"; exit 1; }
 bench all --context 32768,131072 --batch 1,3 --budget 1 --pool-gb 0
 bench part --context 32768,131072 --batch 1,3 --budget 0.1 --pool-gb 2
 "$python" - "$work/all" "$work/part" <<'PY'

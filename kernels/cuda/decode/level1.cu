@@ -69,7 +69,7 @@ extern "C" lsa_status lsa_gpu_batch_level1(lsa_gpu_batch *b, lsa_gpu_retriever *
     lsa_select_rule rule;
     float ms = 0;
     if (b->o.n_memory < 1) LSA_FAIL(LSA_E_ARG, "level 1 has no layers");
-    if (!l->stream) LSA_TRY(make(b, hidden, err));
+    if (!l->n_hidden) LSA_TRY(make(b, hidden, err));
     if (hidden != l->n_hidden) LSA_FAIL(LSA_E_ARG, "hidden vectors of %d, before of %d", hidden, l->n_hidden);
     memset(&rule, 0, sizeof rule);
     rule.mode = LSA_SELECT_PAGES, rule.n_layer = b->o.n_memory, rule.k = b->active;
