@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "infer/bench.h"
 #include "infer/generate.h"
 #include "infer/report.h"
 #include "infer/vocab.h"
@@ -250,10 +251,70 @@ done:
     return st;
 }
 
+/* Ascending numbers in [lo, hi], multiples of `unit`. */
+static lsa_status parse_list(int64_t *out, int32_t *n, const char *option, const char *text, int64_t lo,
+                             int64_t hi, int64_t unit, lsa_err *err) {
+    for (const char *p = text;;) {
+        char *end;
+        const long long v = strtoll(p, &end, 10);
+        if (end == p || (*end && *end != ',') || v < lo || v > hi || v % unit || *n == LSA_BENCH_LIST ||
+            (*n && v <= out[*n - 1]))
+            LSA_RET_FAIL(
+                LSA_E_ARG,
+                "%s '%s': expected at most %d ascending multiples of %lld in [%lld, %lld] with commas "
+                "between",
+                option, text, LSA_BENCH_LIST, (long long)unit, (long long)lo, (long long)hi);
+        out[(*n)++] = v;
+        if (!*end) return LSA_OK;
+        p = end + 1;
+    }
+}
+
+static lsa_status cmd_bench(int argc, char **argv, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    lsa_bench_opts o = {.budget = 0.085, .pool_gb = 12.2};
+    const char *config = NULL, *context = "65536,131072,262144,524288,1048576", *batch = "1,8,32,128",
+               *device = "cuda";
+    lsa_teacher_config *c = NULL;
+    lsa_ctx *ctx = NULL;
+    const lsa_opt opts[] = {
+        {"config", "FILE", LSA_OPT_STR, &config, "config.json of a DeepSeek-V4 model; no weights are needed"},
+        {"context", "LIST", LSA_OPT_STR, &context, "tokens (default 65536,131072,262144,524288,1048576)"},
+        {"batch", "LIST", LSA_OPT_STR, &batch, "requests (default 1,8,32,128; what does not fit is said)"},
+        {"budget", "X", LSA_OPT_F64, &o.budget,
+         "fraction of all chunks that has a place on the GPU: tail, sink and staging included (default 0.085)"},
+        {"pool-gb", "X", LSA_OPT_F64, &o.pool_gb,
+         "GPU memory for caches, in 10^9 bytes, that the last part fills with requests of the longest context (default 12.2; 0: leave it out)"},
+        {"device", "cuda[:N]", LSA_OPT_STR, &device, "which GPU (default cuda)"},
+        {"json", NULL, LSA_OPT_FLAG, &o.json, "one JSON line per case instead of the table"},
+        {0}};
+    lsa_cli_parse(
+        "Time and GPU bytes of a decode step's attention path, full against Lookahead Sparse Attention, on synthetic caches in a server's codecs. Attention and indexers of all layers run; projections and experts are left out.",
+        "", opts, argc, argv, NULL, 0);
+    if (!config) LSA_FAIL(LSA_E_ARG, "--config is required; see --help");
+    if (!(o.budget > 0 && o.budget <= 1)) LSA_FAIL(LSA_E_ARG, "--budget must be in (0, 1]");
+    if (!(o.pool_gb >= 0)) LSA_FAIL(LSA_E_ARG, "--pool-gb must not be negative");
+    if (strncmp(device, "cuda", 4))
+        LSA_FAIL(LSA_E_ARG, "--device '%s': bench measures a GPU; expected cuda or cuda:N", device);
+    LSA_TRY(parse_list(o.context, &o.n_context, "--context", context, 1024, 1 << 23, 256, err));
+    LSA_TRY(parse_list(o.batch, &o.n_batch, "--batch", batch, 1, 1024, 1, err));
+    LSA_TRY(LSA_NEW(c, 1, err));
+    LSA_TRY(lsa_teacher_config_load(c, config, err));
+    st = lsa_ctx_create(&ctx, device, err);
+    if (st != LSA_OK) lsa_err_wrap(err, "bench measures a GPU and has no CPU form");
+    LSA_TRY(st);
+    LSA_TRY(lsa_bench(ctx, c, &o, err));
+done:
+    lsa_ctx_destroy(ctx);
+    lsa_free(c);
+    return st;
+}
+
 int main(int argc, char **argv) {
     static const lsa_subcommand subs[] = {
         {"validate", "compare policies of what stays resident", cmd_validate},
         {"generate", "generate text with full or sparse attention", cmd_generate},
+        {"bench", "time and GPU memory of a decode step's attention, full against sparse", cmd_bench},
         {0}};
     return lsa_cli_main("lsa-decode", "sparse-attention decoder that proves an exported indexer", subs, argc,
                         argv);

@@ -8,7 +8,7 @@ teacher=recipes/mini/teacher
 val=(--tokens recipes/mini/val.u16 --needs recipes/mini/val.jsonl)
 
 for sub in write verify card import; do expect 0 "Usage: lsa-export $sub" "$bin/lsa-export" $sub --help; done
-for sub in validate generate; do expect 0 "Usage: lsa-decode $sub" "$bin/lsa-decode" $sub --help; done
+for sub in validate generate bench; do expect 0 "Usage: lsa-decode $sub" "$bin/lsa-decode" $sub --help; done
 for p in export decode; do
     expect 0 "lsa " "$bin/lsa-$p" --version
     expect 2 "" "$bin/lsa-$p"
@@ -136,6 +136,17 @@ PY
 expect 0 "" "${gen[@]}" --indexer "$work/ix"
 expect 2 "" "${gen[@]}" --policy lsa
 expect 2 "" "$bin/lsa-decode" generate --teacher $teacher "${val[@]}" --prompt 0
+
+# bench: what it refuses; without a GPU it says so
+bench=("$bin/lsa-decode" bench --config tests/fixtures/v4-flash/config.json)
+expect 2 "--config" "$bin/lsa-decode" bench
+expect 1 "none" "$bin/lsa-decode" bench --config "$work/none"
+for b in 0 1.5 -1; do expect 2 "--budget" "${bench[@]}" --budget "$b"; done
+for c in "" x 1000 65536,32768 1024,1024; do expect 2 "--context" "${bench[@]}" --context "$c"; done
+for b in 0 8,1 1,2,3,4,5,6,7,8,9; do expect 2 "--batch" "${bench[@]}" --batch "$b"; done
+expect 2 "--pool-gb" "${bench[@]}" --pool-gb -1
+expect 2 "measures a GPU" "${bench[@]}" --device cpu
+nvidia-smi -L >/dev/null 2>&1 || expect 4 "bench measures a GPU" "${bench[@]}"
 
 # disk full: exit 4 and nothing under the final name
 (ulimit -f 20; exec "$bin/lsa-export" write "$work/native" --out "$work/small" >"$work/out" 2>&1)

@@ -19,7 +19,7 @@ ALLOWED = {
     "kernels/cuda/step": CORE | MODEL | {"kernels/comm", "kernels/cuda", "kernels/cuda/step"},
     "kernels/comm": CORE | {"kernels/comm"},
     "kernels/cuda/teacher": CORE | MODEL | {"kernels/cuda", "kernels/cuda/teacher"},
-    "kernels/cuda/decode": CORE | MODEL | {"kernels/cuda", "kernels/cuda/teacher", "kernels/cuda/decode"},
+    "kernels/cuda/decode": CORE | MODEL | {"kernels/cuda", "kernels/cuda/teacher", "kernels/cuda/serve", "kernels/cuda/decode"},
     "kernels/cuda/serve": CORE | MODEL | {"kernels/cuda", "kernels/cuda/serve"},
     "kernels/model": CORE | OPS | MODEL,
     "data": CORE | MODEL | DATA,

@@ -209,8 +209,17 @@ cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
-    *value = what == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10; /* multiprocessors take turns */
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what,
+                                   int) { /* an sm_80 with an sm_90's shared memory */
+    *value = what == cudaDevAttrComputeCapabilityMajor         ? 8
+             : what == cudaDevAttrMultiProcessorCount          ? 16
+             : what == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10
+                                                               : 0;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    memset(p, 0, sizeof *p);
+    p->major = 8, p->multiProcessorCount = 16;
     return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {

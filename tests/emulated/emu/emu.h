@@ -130,6 +130,17 @@ template <typename T> static inline T __ldcs(const T *p) {
 template <typename T, typename U> static inline void __stcs(T *p, U v) {
     *p = v;
 }
+template <typename T> static inline T __ldcg(const T *p) {
+    return *p;
+}
+static inline void __threadfence() { /* blocks run one after the other */
+}
+static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t which) {
+    const uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) r |= (uint32_t)(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+    return r;
+}
 static inline float emu_rounded(float x) { /* no fused product */
     volatile float r = x;
     return r;
