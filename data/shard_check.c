@@ -1,6 +1,7 @@
 /* lsa-dump verify: everything a reader relies on, once, over whole files. */
 #include <fcntl.h>
 #include <math.h>
+#include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,37 +15,53 @@
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
-typedef struct extent {
+typedef struct extent { /* of a dataset, or of the whole file */
+    char name[128];
     int64_t offset, bytes;
+    uint64_t want, found;
 } extent;
 
 typedef struct hasher {
     lsa_h5_reader *h;
     const char *path;
-    int fd;
     LSA_VEC(extent) extents;
 } hasher;
 
-static lsa_status check_one(void *user, const char *name, lsa_err *err) {
+static lsa_status list_one(void *user, const char *name, lsa_err *err) {
     hasher *c = user;
     lsa_status st = LSA_OK;
-    int64_t bytes, offset;
-    uint64_t want;
-    char *buf = NULL;
-    LSA_TRY(lsa_h5_find_any(c->h, name, &bytes, &offset, &want, err));
-    LSA_TRY(lsa_alloc_((void **)&buf, bytes, 1, name, err));
-    if (bytes) LSA_TRY(lsa_pread_all(c->fd, buf, (size_t)bytes, offset, c->path, err));
-    if (lsa_xxh64(buf ? buf : "", (size_t)bytes) != want)
-        LSA_FAIL(
-            LSA_E_FORMAT,
-            "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again",
-            c->path, name);
-    if (bytes) {
-        LSA_TRY(LSA_VEC_RESERVE(c->extents, c->extents.len + 1, err));
-        c->extents.data[c->extents.len++] = (extent){offset, bytes};
-    }
+    extent x = {0};
+    snprintf(x.name, sizeof x.name, "%s", name);
+    LSA_TRY(lsa_h5_find_any(c->h, name, &x.bytes, &x.offset, &x.want, err));
+    LSA_TRY(LSA_VEC_RESERVE(c->extents, c->extents.len + 1, err));
+    c->extents.data[c->extents.len++] = x;
 done:
-    lsa_free(buf);
+    return st;
+}
+
+int lsa_shard_threads(void) {
+    return (int)lsa_min_i64(8, omp_get_max_threads());
+}
+
+/* Of all extents. The first error of any thread. */
+static lsa_status hash_all(hasher *c, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int threads = lsa_shard_threads();
+    const int fd = open(c->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s'", c->path);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < c->extents.len; i++) {
+        extent *const x = &c->extents.data[i];
+        lsa_err why = {0};
+        const lsa_status read = lsa_xxh64_range(&x->found, fd, x->offset, x->bytes, c->path, &why);
+        if (read == LSA_OK) continue;
+#pragma omp critical(lsa_shard_hash)
+        if (st == LSA_OK) {
+            st = read;
+            if (err) *err = why;
+        }
+    }
+    close(fd);
     return st;
 }
 
@@ -53,17 +70,20 @@ static int by_offset(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static lsa_status find_head(int64_t *head_bytes, hasher *c, lsa_err *err) {
-    int64_t size, at;
-    lsa_status st = lsa_file_size(&size, c->path, err);
+/* Of the extents from `first` on. */
+static lsa_status find_head(int64_t *head_bytes, hasher *c, int64_t first, lsa_err *err) {
+    int64_t size, at = -1;
+    const lsa_status st = lsa_file_size(&size, c->path, err);
     if (st != LSA_OK) return st;
-    if (c->extents.len == 0) LSA_RET_FAIL(LSA_E_FORMAT, "'%s' holds no data", c->path);
-    qsort(c->extents.data, (size_t)c->extents.len, sizeof *c->extents.data, by_offset);
-    *head_bytes = at = c->extents.data[0].offset;
-    for (int64_t i = 0; i < c->extents.len; i++) {
-        if (c->extents.data[i].offset != at) break;
-        at += c->extents.data[i].bytes;
+    qsort(c->extents.data + first, (size_t)(c->extents.len - first), sizeof *c->extents.data, by_offset);
+    for (int64_t i = first; i < c->extents.len; i++) {
+        const extent *const x = &c->extents.data[i];
+        if (x->bytes == 0) continue; /* has no place */
+        if (at < 0) *head_bytes = at = x->offset;
+        if (x->offset != at) break;
+        at += x->bytes;
     }
+    if (at < 0) LSA_RET_FAIL(LSA_E_FORMAT, "'%s' holds no data", c->path);
     if (at != size)
         LSA_RET_FAIL(LSA_E_BUG, "'%s': HDF5 put structures behind byte %lld, after the first dataset",
                      c->path, (long long)at);
@@ -95,17 +115,28 @@ lsa_status lsa_shard_check_head(const char *path, const lsa_manifest_shard *m, l
     return st;
 }
 
-lsa_status lsa_shard_check_hashes(int64_t *head_bytes, const char *path, lsa_err *err) {
+lsa_status lsa_shard_check_hashes(int64_t *head_bytes, uint64_t *whole, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
-    hasher c = {.path = path, .fd = -1};
+    hasher c = {.path = path};
+    if (whole) { /* first: it takes longest */
+        LSA_TRY(LSA_VEC_RESERVE(c.extents, 1, err));
+        c.extents.data[0] = (extent){.bytes = 0};
+        LSA_TRY(lsa_file_size(&c.extents.data[0].bytes, path, err));
+        c.extents.len = 1;
+    }
     LSA_TRY(lsa_h5_open(&c.h, path, err));
-    c.fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (c.fd < 0) LSA_FAIL(LSA_E_IO, "cannot open '%s'", path);
-    LSA_TRY(lsa_h5_each(c.h, check_one, &c, err));
-    if (head_bytes) LSA_TRY(find_head(head_bytes, &c, err));
+    LSA_TRY(lsa_h5_each(c.h, list_one, &c, err));
+    LSA_TRY(hash_all(&c, err));
+    for (int64_t i = whole != NULL; i < c.extents.len; i++)
+        if (c.extents.data[i].found != c.extents.data[i].want)
+            LSA_FAIL(
+                LSA_E_FORMAT,
+                "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again",
+                path, c.extents.data[i].name);
+    if (whole) *whole = c.extents.data[0].found;
+    if (head_bytes) LSA_TRY(find_head(head_bytes, &c, whole != NULL, err));
 done:
     lsa_free(c.extents.data);
-    if (c.fd >= 0) close(c.fd);
     lsa_h5_close(c.h);
     return st;
 }
@@ -349,7 +380,7 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
         LSA_TRY(lsa_xxh64_file(&h, path, err));
         if (h == m.shard.data[i].xxh64) continue;
         LSA_TRY(lsa_shard_check_head(path, &m.shard.data[i], err));
-        LSA_TRY(lsa_shard_check_hashes(NULL, path, err)); /* names the dataset, if one is hit */
+        LSA_TRY(lsa_shard_check_hashes(NULL, NULL, path, err)); /* names the dataset, if one is hit */
         LSA_FAIL(
             LSA_E_FORMAT,
             "shard '%s' does not match the manifest's hash: it was damaged or replaced; delete it and dump again",

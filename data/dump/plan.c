@@ -53,7 +53,7 @@ static double most_dense(const lsa_dump_rule *r, int64_t n) {
 
 typedef struct parts {
     double disk[LSA_DISK_PARTS];
-    double column; /* largest dataset */
+    double made; /* what sealing allocates */
 } parts;
 
 static int64_t keyed_layers(const lsa_dump_load *l) {
@@ -74,8 +74,8 @@ static void add_document(parts *p, const lsa_dump_load *l, const voted *v, int64
     if (r->stats) p->disk[LSA_DISK_STATS] += n_csa * (8 * picked + 12 * (double)n);
     if (r->dense_every) p->disk[LSA_DISK_DENSE] += n_csa * (6 * dense + 18 * (double)(n / r->dense_every));
     p->disk[LSA_DISK_TABLES] += 128 + 12 * (double)n;
-    p->column +=
-        fmax(fmax(keys, hidden), fmax(4 * votes, fmax(r->stats ? 4 * picked : 8 * (double)n, 4 * dense)));
+    p->made += (20 + 8 * (r->stats ? n_csa : 0)) * (double)n + 8 * (double)(n / r->hidden_stride);
+    if (r->dense_every) p->made += 16 * n_csa * (double)(n / r->dense_every);
 }
 
 static double sum_of(const parts *p) {
@@ -96,8 +96,10 @@ static double per_shard(const lsa_dump_load *l, int64_t longest) {
 static double document_bytes(const lsa_dump_load *l, const parts *one, int64_t n) {
     const lsa_dump_rule *r = &l->rule;
     const double cap = (double)lsa_min_i64(l->c->index_topk, n / LSA_CHUNK + 1), rows = (double)n;
-    double slots = rows * (4 * r->pool + 4);
-    if (r->stats) slots += rows * (8 * cap + 8);
+    double slots = rows * 8 * (double)lsa_ceil_div(r->pool, 64); /* votes, as bits */
+    if (r->pool != l->c->index_topk) slots += rows * 4 * r->pool;
+    if (r->pool == l->c->index_topk && !r->stats) slots += rows * 4 * cap; /* else they become the shard's */
+    if (r->stats) slots += rows * 12;                                      /* how many were selected; begin */
     if (r->dense_every) slots += 32 * (double)(n / r->dense_every) + 6 * most_dense(r, n);
     return slots * l->c->n_csa + sum_of(one) + per_shard(l, n);
 }
@@ -106,10 +108,10 @@ static void host_bytes(lsa_dump_plan *p, const lsa_dump_load *l, const parts *al
     const lsa_session_opts so = {.max_tokens = p->longest, .chunk = LSA_TAP_CHUNK};
     p->host[LSA_HOST_SEQUENCE] = lsa_session_bytes(l->c, &so, l->threads);
     p->host[LSA_HOST_DOCUMENT] = (int64_t)document_bytes(l, one, p->longest);
-    /* sealing joins column by column, one at a time */
+    /* sealing makes positions and begin arrays; the rest goes to the file from where it lies */
     const double open = fmin((double)l->shard_bytes, sum_of(all)),
-                 column = fmin(all->column, all->column * (open + sum_of(one)) / fmax(sum_of(all), 1));
-    p->host[LSA_HOST_SHARD] = (int64_t)(open + column);
+                 made = all->made * fmin(1, (open + sum_of(one)) / fmax(sum_of(all), 1));
+    p->host[LSA_HOST_SHARD] = (int64_t)(open + made);
     p->host[LSA_HOST_PROGRAM] = 8 * p->tokens + (64 + 40 * (int64_t)l->threads) * MIB;
     p->host_bytes = 0;
     for (int i = 0; i < LSA_HOST_PARTS; i++) p->host_bytes += p->host[i];
@@ -176,15 +178,20 @@ void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
 void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *l) {
     const lsa_teacher_config *c = l->c;
     const int64_t outside = 2 * 4 * (int64_t)c->vocab * c->hidden,
-                  token = 4 * (int64_t)c->hc_mult * c->hidden +
-                          c->n_csa * (4 * (int64_t)l->rule.pool +
-                                      (l->rule.stats ? 16 * (int64_t)c->index_topk : 0) + 200);
+                  token = 4 * (int64_t)c->hc_mult * c->hidden + lsa_dump_flight_bytes(l, 1);
     p->host_bytes -= p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
     p->host[LSA_HOST_WEIGHTS] = outside + 2 * p->teacher.largest_layer;
     p->host[LSA_HOST_SEQUENCE] = 4 * (int64_t)c->hc_mult * c->hidden * p->longest;
     p->host_bytes += p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
     const int64_t left = lsa_max_i64(p->host_budget - p->host_bytes, 0) / 2;
     p->streamed.wave_tokens = lsa_max_i64(left / token, p->longest);
+}
+
+int64_t lsa_dump_flight_bytes(const lsa_dump_load *l, int64_t n) {
+    const lsa_dump_rule *r = &l->rule;
+    const int64_t labels = 5 * most_votes(r, r->pool),
+                  entries = (r->stats ? 8 : 4) * (int64_t)l->c->index_topk;
+    return n * l->c->n_csa * (labels + entries + lsa_ceil_div(r->pool, 8) + 200);
 }
 
 void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *l) {

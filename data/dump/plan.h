@@ -70,7 +70,9 @@ LSA_NODISCARD lsa_status lsa_dump_bytes(lsa_dump_plan *p, const lsa_dump_load *l
 void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *load);
 /* With a GPU: shards that are being sealed, and documents between the GPU and the open shard. */
 #define LSA_DUMP_SEALING   3
-#define LSA_DUMP_IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document, or a wave, may have more */
+#define LSA_DUMP_IN_FLIGHT (INT64_C(1) << 30) /* bytes, beside the longest document */
+/* A document of n tokens there, keys and hidden vectors among the rest: an upper bound. */
+int64_t lsa_dump_flight_bytes(const lsa_dump_load *load, int64_t n);
 void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *load);
 /* From p->host_budget. */
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *load);
