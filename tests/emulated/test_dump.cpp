@@ -1,5 +1,7 @@
 /* lsa-dump over emulated kernels: documents whose rows are merged and sealed beside the GPU give whole shards
- * that a recheck finds equal, bit for bit; streaming the weights, in waves of any size, gives the same files.
+ * that a recheck finds equal, bit for bit; streaming the weights, in waves of any size, gives the same files;
+ * weights that are damaged, cut or missing are refused and leave no shard. With arguments it is lsa-dump for
+ * tests/fault/test_gpu_dump_kill.sh: `run OUT TEACHER TOKENS WAVE`, `resume OUT WAVE` (0: resident weights).
  */
 #include <unistd.h>
 
@@ -40,6 +42,15 @@ static bool dump(const char *name, lsa_dump_opts o) {
     return !(times.on_gpu && times.merging > 0 && times.sealing > 0 && times.gpu.gpu[LSA_GPU_MOE] > 0);
 }
 
+static std::string read(const std::string &path) {
+    std::string s;
+    if (FILE *const f = fopen(path.c_str(), "rb")) {
+        for (int c; (c = fgetc(f)) != EOF;) s += (char)c;
+        fclose(f);
+    }
+    return s;
+}
+
 /* Fails, naming `what`, and seals nothing. */
 static bool refuse(const char *name, lsa_dump_opts o, const char *what) {
     lsa_err err = {};
@@ -47,8 +58,9 @@ static bool refuse(const char *name, lsa_dump_opts o, const char *what) {
     lsa_dump_times times;
     const std::string out = g_dir + "/" + name;
     const lsa_status st = lsa_dump_run(&o, out.c_str(), "cuda", false, &plan, &times, &err);
-    if (st == LSA_E_FORMAT && strstr(err.msg, what) && access((out + "/shard_00000.h5").c_str(), F_OK))
-        return false;
+    const bool sealed = !access((out + "/shard_00000.h5").c_str(), F_OK) ||
+                        read(out + "/manifest.json").find("shard_0") != std::string::npos;
+    if (st == LSA_E_FORMAT && strstr(err.msg, what) && !strchr(err.msg, '\n') && !sealed) return false;
     printf("%s: not refused: %d %s\n", name, (int)st, err.msg);
     return true;
 }
@@ -60,15 +72,6 @@ static bool recheck(const char *name) {
     o.n = 1, o.seed = 1, o.device = "cuda";
     if (lsa_dump_recheck(&values, (g_dir + "/" + name).c_str(), &o, &err) != LSA_OK) return failed(&err);
     return values < 500;
-}
-
-static std::string read(const std::string &path) {
-    std::string s;
-    if (FILE *const f = fopen(path.c_str(), "rb")) {
-        for (int c; (c = fgetc(f)) != EOF;) s += (char)c;
-        fclose(f);
-    }
-    return s;
 }
 
 /* Shards byte for byte those of the resident run. */
@@ -84,7 +87,25 @@ static bool differ(const char *name) {
     return n < 2;
 }
 
-int main() {
+/* Options of all runs of the kill test. */
+static int program(int argc, char **argv) {
+    lsa_err err = {};
+    lsa_dump_plan plan;
+    lsa_dump_times times;
+    lsa_dump_opts o = lsa_dump_defaults();
+    const bool run = !strcmp(argv[1], "run");
+    if (argc != (run ? 6 : 4)) return 2;
+    o.hidden_stride = 16, o.dense_every = 16, o.shard_bytes = 5000;
+    o.wave_tokens = atoi(argv[argc - 1]), o.stream = o.wave_tokens > 0;
+    if (run) o.teacher = argv[3], o.tokens = argv[4];
+    const lsa_status st = run ? lsa_dump_run(&o, argv[2], "cuda", false, &plan, &times, &err)
+                              : lsa_dump_resume(argv[2], "cuda", &o, &err);
+    if (st != LSA_OK) printf("%s\n", err.msg);
+    return st != LSA_OK;
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1) return program(argc, argv);
     char dir[] = "/tmp/lsa-emulated-XXXXXX";
     if (!mkdtemp(dir)) return 1;
     g_dir = dir;
@@ -115,8 +136,22 @@ int main() {
     bad += dump("few", o) + differ("few");
     o.wave_tokens = 0; /* all */
     bad += dump("all", o) + differ("all");
-    o.teacher = damaged.c_str();
-    bad += refuse("damaged", o, "layers.3.ffn.experts.2.w2.weight");
+    for (int stream = 0; stream < 2; stream++) {
+        const std::string how = stream ? "_streamed" : "_resident";
+        o.stream = stream;
+        o.teacher = damaged.c_str();
+        bad += refuse(("damaged" + how).c_str(), o, "layers.3.ffn.experts.2.w2.weight");
+        const std::string cut = g_dir + "/cut" + how, gone = g_dir + "/gone" + how;
+        if (system(("cp -r " + good + " " + cut + " && cp -r " + good + " " + gone + " && cd " + cut +
+                    " && truncate -s -5000 \"$(ls *.safetensors | tail -1)\" && cd " + gone +
+                    " && rm \"$(ls *.safetensors | tail -1)\"")
+                       .c_str()) != 0)
+            return 1;
+        o.teacher = cut.c_str();
+        bad += refuse(("cut_out" + how).c_str(), o, ".safetensors");
+        o.teacher = gone.c_str();
+        bad += refuse(("gone_out" + how).c_str(), o, ".safetensors");
+    }
     lsa_err err = {};
     if (lsa_remove_tree(dir, &err) != LSA_OK) bad++;
     printf("%s\n", bad ? "FAILED" : "ok");
