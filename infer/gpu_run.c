@@ -15,8 +15,9 @@ struct lsa_gpu_run {
     lsa_gpu_teacher *teacher;
     lsa_gpu_layer *layer[LSA_MAX_LAYERS]; /* resident */
     lsa_gpu_stream *stream;               /* or streamed */
-    float *parked; /* pinned [parked_tokens, streams, d]: documents between two layers */
+    char *parked; /* pinned [parked_tokens, streams, d], f32 or bf16: documents between two layers */
     int64_t parked_tokens;
+    bool half;
     double taps, feeding; /* seconds */
 };
 
@@ -116,8 +117,8 @@ void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     if (!x) return;
     for (int32_t l = 0; l < LSA_MAX_LAYERS; l++) lsa_gpu_layer_drop(x->layer[l]);
     lsa_gpu_stream_destroy(x->stream);
+    lsa_gpu_teacher_destroy(x->teacher); /* waits for what is being parked */
     if (x->parked) lsa_gpu_unpin(x->parked);
-    lsa_gpu_teacher_destroy(x->teacher);
     lsa_free(x);
 }
 
@@ -168,9 +169,16 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
     if (a->first + a->m == doc->n) one_less(doc);
 }
 
-static lsa_status begin(lsa_gpu_run *x, const lsa_gpu_doc *doc, lsa_err *err) {
-    const lsa_gpu_teacher_doc d = {doc->token,         doc->n,          doc->probe, doc->n_probe,
-                                   doc->hidden_stride, doc->dense_every};
+static lsa_status begin(lsa_gpu_run *x, const lsa_gpu_doc *doc, const void *from, void *to, lsa_err *err) {
+    const lsa_gpu_teacher_doc d = {.token = doc->token,
+                                   .n = doc->n,
+                                   .probe = doc->probe,
+                                   .n_probe = doc->n_probe,
+                                   .hidden_stride = doc->hidden_stride,
+                                   .dense_every = doc->dense_every,
+                                   .from = from,
+                                   .to = to,
+                                   .half = x->half};
     return lsa_gpu_teacher_begin(x->teacher, &d, err);
 }
 
@@ -187,8 +195,12 @@ done:
     return st;
 }
 
+/* Bytes that are parked for one token. */
+static int64_t token_bytes(const lsa_gpu_run *x) {
+    return (int64_t)x->e->c.hc_mult * x->e->c.hidden * (x->half ? 2 : 4);
+}
+
 static lsa_status room_to_park(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n, lsa_err *err) {
-    const int64_t token = (int64_t)x->e->c.hc_mult * x->e->c.hidden * (int64_t)sizeof(float);
     int64_t tokens = 0;
     for (int64_t i = 0; i < n; i++) tokens += doc[i]->n;
     if (tokens <= x->parked_tokens) return LSA_OK;
@@ -197,7 +209,7 @@ static lsa_status room_to_park(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t 
     if (x->parked) lsa_gpu_unpin(x->parked);
     x->parked = NULL;
     x->parked_tokens = 0;
-    st = lsa_gpu_pin((void **)&x->parked, tokens * token, err);
+    st = lsa_gpu_pin((void **)&x->parked, tokens * token_bytes(x), err);
     if (st == LSA_OK) x->parked_tokens = tokens;
     return st;
 }
@@ -206,19 +218,17 @@ static lsa_status wave(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
                        lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_teacher_config *c = &x->e->c;
-    const int64_t token = (int64_t)c->hc_mult * c->hidden;
     LSA_TRY(room_to_park(x, doc, n, err));
     for (int32_t l = 0; l < c->n_layer; l++) {
         lsa_gpu_layer *layer;
         LSA_TRY(lsa_gpu_stream_begin(&layer, x->stream, err));
-        float *at = x->parked;
+        LSA_TRY(lsa_gpu_teacher_turn(x->teacher, err));
+        char *at = x->parked;
         for (int64_t i = 0; i < n; i++) {
-            LSA_TRY(begin(x, doc[i], err));
-            if (l > 0) LSA_TRY(lsa_gpu_teacher_load(x->teacher, at, err));
+            LSA_TRY(begin(x, doc[i], l > 0 ? at : NULL, l + 1 < c->n_layer ? at : NULL, err));
             LSA_TRY(through(x, doc[i], l, layer, step, user, err));
-            if (l + 1 < c->n_layer) LSA_TRY(lsa_gpu_teacher_save(x->teacher, at, err));
             LSA_TRY(lsa_gpu_stream_poll(x->stream, err));
-            at += doc[i]->n * token;
+            at += doc[i]->n * token_bytes(x);
             if (l + 1 == c->n_layer) one_less(doc[i]); /* it may be gone after this */
         }
         LSA_TRY(lsa_gpu_stream_end(x->stream, err));
@@ -231,7 +241,7 @@ static lsa_status resident(lsa_gpu_run *x, lsa_gpu_doc *doc,
                            lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                            lsa_err *err) {
     lsa_status st = LSA_OK;
-    LSA_TRY(begin(x, doc, err));
+    LSA_TRY(begin(x, doc, NULL, NULL, err));
     for (int32_t l = 0; l < x->e->c.n_layer; l++) LSA_TRY(through(x, doc, l, x->layer[l], step, user, err));
     one_less(doc);
 done:
