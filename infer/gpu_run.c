@@ -1,11 +1,17 @@
 /* Documents on a GPU: see gpu_run.h. */
 #include "infer/gpu_run.h"
 
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "infer/gpu_stream.h"
 #include "infer/gpu_weights.h"
 #include "kernels/core/clock.h"
+#include "kernels/core/file.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
@@ -18,6 +24,7 @@ struct lsa_gpu_run {
     char *parked; /* pinned [parked_tokens, streams, d], f32 or bf16: documents between two layers */
     int64_t parked_tokens;
     bool half;
+    const char *dir;      /* the same, mapped from a file there */
     double taps, feeding; /* seconds */
 };
 
@@ -113,12 +120,57 @@ done:
     return st;
 }
 
+/* Bytes that are parked for one token. */
+static int64_t token_bytes(const lsa_gpu_run *x) {
+    return (int64_t)x->e->c.hc_mult * x->e->c.hidden * (x->half ? 2 : 4);
+}
+
+void lsa_gpu_run_park(lsa_gpu_run *x, bool half, const char *dir) {
+    x->half = half;
+    x->dir = dir;
+}
+
+static void leave_parking(lsa_gpu_run *x) {
+    if (x->parked && x->dir)
+        munmap(x->parked, (size_t)(x->parked_tokens * token_bytes(x)));
+    else if (x->parked)
+        lsa_gpu_unpin(x->parked);
+    x->parked = NULL;
+    x->parked_tokens = 0;
+}
+
+/* A file that goes when it is unmapped, or with the process; all of its blocks are there, since a full disk
+ * could not be reported later. */
+static lsa_status map_file(char **out, const char *dir, int64_t bytes, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char path[LSA_PATH_MAX];
+    int fd = -1, sys;
+    void *p;
+    LSA_TRY(lsa_path(path, err, "%s/.lsa-streams-XXXXXX", dir));
+    fd = mkstemp(path);
+    if (fd < 0)
+        LSA_FAIL(lsa_status_from_errno(errno), "cannot create a file in '%s': %s", dir, strerror(errno));
+    unlink(path);
+    sys = posix_fallocate(fd, 0, (off_t)bytes);
+    if (sys)
+        LSA_FAIL(lsa_status_from_errno(sys),
+                 "the streams of a wave take %.2f GiB in '%s': %s; a smaller --wave-tokens or another folder",
+                 (double)bytes / 0x1p30, dir, strerror(sys));
+    p = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED)
+        LSA_FAIL(LSA_E_NOMEM, "cannot map %.2f GiB: %s", (double)bytes / 0x1p30, strerror(errno));
+    *out = p;
+done:
+    if (fd >= 0) close(fd);
+    return st;
+}
+
 void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     if (!x) return;
     for (int32_t l = 0; l < LSA_MAX_LAYERS; l++) lsa_gpu_layer_drop(x->layer[l]);
     lsa_gpu_stream_destroy(x->stream);
     lsa_gpu_teacher_destroy(x->teacher); /* waits for what is being parked */
-    if (x->parked) lsa_gpu_unpin(x->parked);
+    leave_parking(x);
     lsa_free(x);
 }
 
@@ -195,21 +247,15 @@ done:
     return st;
 }
 
-/* Bytes that are parked for one token. */
-static int64_t token_bytes(const lsa_gpu_run *x) {
-    return (int64_t)x->e->c.hc_mult * x->e->c.hidden * (x->half ? 2 : 4);
-}
-
 static lsa_status room_to_park(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n, lsa_err *err) {
     int64_t tokens = 0;
     for (int64_t i = 0; i < n; i++) tokens += doc[i]->n;
     if (tokens <= x->parked_tokens) return LSA_OK;
     lsa_status st = lsa_ctx_sync(x->ctx, err); /* what is parked may still be read */
     if (st != LSA_OK) return st;
-    if (x->parked) lsa_gpu_unpin(x->parked);
-    x->parked = NULL;
-    x->parked_tokens = 0;
-    st = lsa_gpu_pin((void **)&x->parked, tokens * token_bytes(x), err);
+    leave_parking(x);
+    st = x->dir ? map_file(&x->parked, x->dir, tokens * token_bytes(x), err)
+                : lsa_gpu_pin((void **)&x->parked, tokens * token_bytes(x), err);
     if (st == LSA_OK) x->parked_tokens = tokens;
     return st;
 }

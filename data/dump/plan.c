@@ -155,9 +155,14 @@ done:
     return st;
 }
 
+/* Of a token, between two layers. */
+static int64_t stream_bytes(const lsa_dump_load *l) {
+    return (l->half_streams ? 2 : 4) * (int64_t)l->c->hc_mult * l->c->hidden;
+}
+
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
     lsa_dump_streamed *s = &p->streamed;
-    s->token_bytes = 4 * (int64_t)l->c->hc_mult * l->c->hidden;
+    s->token_bytes = stream_bytes(l);
     s->wave_tokens = p->host_budget / s->token_bytes;
     s->gpu_bytes = p->teacher.largest_layer + 2 * (p->host[LSA_HOST_WEIGHTS] / lsa_max_i64(l->c->n_layer, 1));
     s->passes = p->longest <= s->wave_tokens;
@@ -178,10 +183,10 @@ void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
 void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *l) {
     const lsa_teacher_config *c = l->c;
     const int64_t outside = 2 * 4 * (int64_t)c->vocab * c->hidden,
-                  token = 4 * (int64_t)c->hc_mult * c->hidden + lsa_dump_flight_bytes(l, 1);
+                  token = stream_bytes(l) + lsa_dump_flight_bytes(l, 1);
     p->host_bytes -= p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
     p->host[LSA_HOST_WEIGHTS] = outside + 2 * p->teacher.largest_layer;
-    p->host[LSA_HOST_SEQUENCE] = 4 * (int64_t)c->hc_mult * c->hidden * p->longest;
+    p->host[LSA_HOST_SEQUENCE] = stream_bytes(l) * p->longest;
     p->host_bytes += p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
     const int64_t left = lsa_max_i64(p->host_budget - p->host_bytes, 0) / 2;
     p->streamed.wave_tokens = lsa_max_i64(left / token, p->longest);

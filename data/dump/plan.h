@@ -56,6 +56,7 @@ typedef struct lsa_dump_load {
     const lsa_teacher_config *c;
     lsa_dump_rule rule;
     int64_t shard_bytes;
+    bool half_streams;     /* streamed weights: bf16 between two layers */
     const int64_t *length; /* [n] tokens of each document */
     int64_t n;
     int32_t threads;

@@ -232,16 +232,19 @@ static lsa_status open_device(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     const int64_t all = plan->host[LSA_HOST_WEIGHTS];
     LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
     d->stream = d->o->stream;
+    const bool half = lsa_dump_half_streams(d->o);
     if (lsa_ctx_kind(d->ctx) != LSA_BACKEND_CUDA) {
-        if (d->stream || d->o->wave_tokens)
-            LSA_FAIL(LSA_E_ARG, "--stream and --wave-tokens belong to --device cuda");
+        if (d->stream || d->o->wave_tokens || half || d->o->streams_dir)
+            LSA_FAIL(LSA_E_ARG,
+                     "--stream, --wave-tokens, --streams bf16 and --streams-dir belong to --device cuda");
         goto done;
     }
     lsa_dump_plan_beside(plan, &d->in.load);
     LSA_TRY(lsa_gpu_free_bytes(&room, d->ctx, err));
     d->stream = d->stream || all > room / 5 * 4;
     if (!d->stream) {
-        if (d->o->wave_tokens) LSA_FAIL(LSA_E_ARG, "--wave-tokens belongs to --stream");
+        if (d->o->wave_tokens || half || d->o->streams_dir)
+            LSA_FAIL(LSA_E_ARG, "--wave-tokens, --streams bf16 and --streams-dir belong to --stream");
         goto done;
     }
     lsa_dump_plan_streaming(plan, &d->in.load);
@@ -258,6 +261,7 @@ static lsa_status open_reader(dump *d, int64_t longest, lsa_err *err) {
     lsa_status st = LSA_OK;
     if (lsa_ctx_kind(d->ctx) == LSA_BACKEND_CUDA) {
         LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, d->stream, err));
+        lsa_gpu_run_park(d->reader.gpu, lsa_dump_half_streams(d->o), d->o->streams_dir);
     } else {
         const lsa_session_opts so = {.max_tokens = longest, .chunk = LSA_TAP_CHUNK};
         LSA_TRY(lsa_session_create(&d->reader.session, d->engine, &so, err));
@@ -422,7 +426,8 @@ lsa_status lsa_dump_resume(const char *out, const char *device, const lsa_dump_o
         goto done;
     }
     LSA_TRY(lsa_dump_opts_from_json(&o, d.m.run, out, err));
-    o.stream = how->stream, o.wave_tokens = how->wave_tokens, o.host_budget = how->host_budget;
+    o.stream = how->stream, o.streams_dir = how->streams_dir, o.wave_tokens = how->wave_tokens,
+    o.host_budget = how->host_budget;
     LSA_TRY(lsa_dump_inputs_open(&d.in, &o, NULL, err));
     LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
     LSA_TRY(open_device(&d, &plan, err));

@@ -226,7 +226,7 @@ static lsa_status write_tokens(const char *path, const char *lengths, lsa_err *e
     LSA_TRY(lsa_dump_lengths(&length, &n, lengths, err));
     for (int64_t i = 0; i < n; i++)
         for (int64_t k = 0; k < length[i]; k++) {
-            const uint16_t id = k ? (uint16_t)(2 + k % 97) : 0;
+            const uint16_t id = (uint16_t)(k ? 2 + k % 97 : 0);
             if (fwrite(&id, sizeof id, 1, f) != 1) LSA_FAIL(LSA_E_IO, "cannot write '%s'", path);
         }
 done:

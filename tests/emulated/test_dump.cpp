@@ -74,13 +74,13 @@ static bool recheck(const char *name) {
     return values < 500;
 }
 
-/* Shards byte for byte those of the resident run. */
-static bool differ(const char *name) {
+/* Shards byte for byte those of another run. */
+static bool differ(const char *name, const char *other = "resident") {
     int n = 0;
     for (;; n++) {
         char file[64];
         snprintf(file, sizeof file, "/shard_%05d.h5", n);
-        const std::string a = read(g_dir + "/resident" + file), b = read(g_dir + "/" + name + file);
+        const std::string a = read(g_dir + "/" + other + file), b = read(g_dir + "/" + name + file);
         if (a != b) return printf("%s: %s differs\n", name, file) > 0;
         if (a.empty()) break;
     }
@@ -136,6 +136,13 @@ int main(int argc, char **argv) {
     bad += dump("few", o) + differ("few");
     o.wave_tokens = 0; /* all */
     bad += dump("all", o) + differ("all");
+    o.streams_dir = g_dir.c_str(); /* the same through a file */
+    bad += dump("disk", o) + differ("disk");
+    o.streams = "bf16"; /* other numbers, but the same ones for every wave and place */
+    bad += dump("half_disk", o);
+    o.streams_dir = nullptr, o.wave_tokens = 70;
+    bad += dump("half", o) + differ("half", "half_disk") + !differ("half");
+    o.streams = "f32", o.wave_tokens = 0;
     for (int stream = 0; stream < 2; stream++) {
         const std::string how = stream ? "_streamed" : "_resident";
         o.stream = stream;
