@@ -12,6 +12,7 @@
 #include "kernels/core/dtype.h"
 #include "kernels/core/file.h"
 #include "kernels/core/hash.h"
+#include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
@@ -243,8 +244,28 @@ static int descending(const void *a, const void *b) {
 }
 
 /* One probe row: the stored native logits (fp32 keys) against logits recomputed from the stored fp8 keys. */
-static lsa_status check_probe_row(const float *q, const float *w, int64_t heads, const uint8_t *key,
-                                  const float *want, int64_t n, const char *where, lsa_err *err) {
+/* Of probe rows that see more than four times the label pool. */
+typedef struct probe_summary {
+    int64_t rows;
+    double r, overlap; /* least */
+} probe_summary;
+
+/* Share of the k highest of `want` that are among the k highest of `got`. */
+static double top_overlap(const float *got, const float *want, float *sorted, int64_t n, int64_t k) {
+    memcpy(sorted, got, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, descending);
+    const float a = sorted[k - 1];
+    memcpy(sorted, want, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, descending);
+    const float b = sorted[k - 1];
+    int64_t both = 0;
+    for (int64_t s = 0; s < n; s++) both += got[s] >= a && want[s] >= b;
+    return fmin(1, (double)both / (double)k); /* ties may be more than k */
+}
+
+static lsa_status check_probe_row(probe_summary *sum, int64_t pool, const float *q, const float *w,
+                                  int64_t heads, const uint8_t *key, const float *want, int64_t n,
+                                  const char *where, lsa_err *err) {
     lsa_status st = LSA_OK;
     float *got = NULL, *sorted = NULL, row[128];
     if (n < 8) return LSA_OK;
@@ -276,17 +297,17 @@ static lsa_status check_probe_row(const float *q, const float *w, int64_t heads,
             LSA_E_FORMAT,
             "%s: native logits recomputed from the stored keys correlate only %.5f with the recorded ones (at least %.3f): wrong rotation, RoPE or scale",
             where, r, least);
-    int64_t k = n / 8, both = 0; /* the top eighth must agree, apart from a few at the border */
-    memcpy(sorted, got, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, descending);
-    float ta = sorted[k - 1];
-    memcpy(sorted, want, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, descending);
-    float tb = sorted[k - 1];
-    for (int64_t s = 0; s < n; s++) both += got[s] >= ta && want[s] >= tb;
-    if ((double)(k - both) > fmax(2.0, 0.1 * (double)k))
-        LSA_FAIL(LSA_E_FORMAT, "%s: only %lld of the %lld highest native logits agree with the stored keys",
-                 where, (long long)both, (long long)k);
+    if (pool > 0 && n > 4 * pool) {
+        const double overlap = top_overlap(got, want, sorted, n, pool);
+        sum->r = sum->rows ? fmin(sum->r, r) : r;
+        sum->overlap = sum->rows ? fmin(sum->overlap, overlap) : overlap;
+        sum->rows++;
+    }
+    const int64_t k = n / 8; /* the top eighth must agree, apart from a few at the border */
+    const double same = top_overlap(got, want, sorted, n, k) * (double)k;
+    if ((double)k - same > fmax(2.0, 0.1 * (double)k))
+        LSA_FAIL(LSA_E_FORMAT, "%s: only %.0f of the %lld highest native logits agree with the stored keys",
+                 where, same, (long long)k);
 done:
     lsa_free(got);
     lsa_free(sorted);
@@ -307,8 +328,8 @@ static lsa_status read_probe(void **out, lsa_h5_reader *h, int fd, const char *p
     return st;
 }
 
-static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t first_doc, int64_t n_doc,
-                              lsa_err *err) {
+static lsa_status check_probe(probe_summary *sum, const lsa_shards *s, const char *path, int64_t first_doc,
+                              int64_t n_doc, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_shards_info *f = lsa_shards_get_info(s);
     lsa_h5_reader *h = NULL;
@@ -350,7 +371,8 @@ static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t fir
             if (n > nl - at)
                 LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/c%d row %lld does not fit", path, o, (long long)p);
             snprintf(where, sizeof where, "'%s': probe %lld of layer c%d", path, (long long)p, o);
-            LSA_TRY(check_probe_row(q + p * cq, w + p * cw, cw, key, logit + at, n, where, err));
+            LSA_TRY(check_probe_row(sum, f->label_pool, q + p * cq, w + p * cw, cw, key, logit + at, n, where,
+                                    err));
             at += n;
         }
     }
@@ -370,6 +392,7 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
     lsa_manifest m = {0};
     lsa_shards *s = NULL;
     char path[LSA_PATH_MAX];
+    probe_summary sum = {0};
     LSA_TRY(lsa_manifest_load(&m, dir, err));
     for (int64_t i = 0; i < m.shard.len; i++) {
         uint64_t h;
@@ -390,9 +413,14 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
     int64_t doc = 0;
     for (int64_t i = 0; i < m.shard.len; i++) {
         LSA_TRY(lsa_path(path, err, "%s/%s", dir, m.shard.data[i].file));
-        LSA_TRY(check_probe(s, path, doc, m.shard.data[i].documents, err));
+        LSA_TRY(check_probe(&sum, s, path, doc, m.shard.data[i].documents, err));
         for (int64_t d = 0; d < m.shard.data[i].documents; d++) LSA_TRY(check_doc(s, doc++, err));
     }
+    if (sum.rows)
+        lsa_info(
+            "native logits rebuilt from the stored keys, %lld rows with more than %d visible chunks: r at "
+            "least %.6f, at least %.2f %% of the highest %d the same",
+            (long long)sum.rows, 4 * m.info.label_pool, sum.r, 100 * sum.overlap, m.info.label_pool);
 done:
     lsa_shards_close(s);
     lsa_manifest_fini(&m);
