@@ -395,6 +395,23 @@ lsa_status lsa_h5_get_str(char *buf, size_t n, lsa_h5_reader *r, const char *nam
     return LSA_OK;
 }
 
+lsa_status lsa_h5_get_set_str(char *buf, size_t n, lsa_h5_reader *r, const char *set, const char *name,
+                              lsa_err *err) {
+    lsa_status st = LSA_E_FORMAT;
+    pthread_mutex_lock(&g_lock);
+    const hid_t h = path_exists(r->file, set) ? H5Dopen2(r->file, set, H5P_DEFAULT) : H5I_INVALID_HID;
+    if (h >= 0) {
+        st = get_attr(buf, n, h, name);
+        H5Dclose(h);
+    }
+    H5Eclear2(H5E_DEFAULT);
+    pthread_mutex_unlock(&g_lock);
+    if (st != LSA_OK)
+        LSA_RET_FAIL(LSA_E_FORMAT, "'%s': attribute '%s' of dataset '%s' is missing or not a short string",
+                     r->path, name, set);
+    return LSA_OK;
+}
+
 /* ---- walking ---- */
 
 lsa_status lsa_h5_find_any(lsa_h5_reader *r, const char *name, int64_t *n_bytes, int64_t *offset,
