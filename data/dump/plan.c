@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "data/shard_write.h"
+#include "infer/gpu_run.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
@@ -160,11 +161,26 @@ static int64_t stream_bytes(const lsa_dump_load *l) {
     return (l->half_streams ? 2 : 4) * (int64_t)l->c->hc_mult * l->c->hidden;
 }
 
+/* What kernels/cuda/teacher/teacher.cu allocates for documents of n tokens, but for the statistics' slots. */
+static int64_t gpu_state(const lsa_teacher_config *c, int64_t n) {
+    const int64_t m = lsa_min_i64(n, LSA_GPU_RUN_CHUNK), D = c->head_dim, Di = c->index_head_dim,
+                  heads = (int64_t)c->n_head * D, index = (int64_t)c->index_n_head * Di,
+                  streams = (int64_t)c->hc_mult * c->hidden, chunks = n / LSA_CHUNK + 1,
+                  logits = lsa_max_i64(lsa_min_i64(m * (chunks + 32), INT64_C(1) << 28), chunks + 32);
+    const int64_t whole = n * (streams + 5 * D + 4 * Di) + chunks * (D + 2 * Di) + m * streams,
+                  part = m * (c->q_rank + 2 * heads + 3 * index + heads +
+                              2 * (int64_t)c->o_groups * c->o_rank + 3 * (int64_t)c->hidden + c->n_expert +
+                              (int64_t)c->n_expert_tok * (c->moe_dim + c->hidden));
+    return 4 * (whole + part + 2 * logits);
+}
+
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
     lsa_dump_streamed *s = &p->streamed;
     s->token_bytes = stream_bytes(l);
     s->wave_tokens = p->host_budget / s->token_bytes;
     s->gpu_bytes = p->teacher.largest_layer + 2 * (p->host[LSA_HOST_WEIGHTS] / lsa_max_i64(l->c->n_layer, 1));
+    s->gpu_state = gpu_state(l->c, p->longest);
+    s->gpu_bytes += s->gpu_state + 2 * 4 * (int64_t)l->c->vocab * l->c->hidden;
     s->passes = p->longest <= s->wave_tokens;
     int64_t wave = 0;
     for (int64_t i = 0; s->passes && i < l->n; i++) { /* documents whole, in order */

@@ -34,7 +34,8 @@ typedef struct lsa_dump_streamed {
     int64_t wave_tokens, token_bytes; /* tokens whose residual streams (f32) fill the host budget */
     int64_t passes;                   /* over the weights; 0: one document alone exceeds the budget */
     double bus_bytes;                 /* weights once a pass, streams to the GPU and back once a layer */
-    int64_t gpu_bytes;                /* the largest layer, as stored and twice in f32 */
+    int64_t gpu_bytes;                /* the largest layer, as stored and twice in f32; tables; the next: */
+    int64_t gpu_state;                /* streams, rows and index logits of the longest document */
     double flop_seconds, bus_seconds; /* at the rates below */
 } lsa_dump_streamed;
 #define LSA_PLAN_FLOPS 67e12  /* f32 peak of an H100 by its data sheet */
