@@ -357,15 +357,15 @@ done:
 
 #define FEW 65536 /* not worth threads */
 static bool bf16_finite(const uint16_t *x, int64_t n) {
-    bool bad = false;
-#pragma omp parallel for simd reduction(|| : bad) if (n > FEW)
-    for (int64_t i = 0; i < n; i++) bad = bad || (x[i] & 0x7f80u) == 0x7f80u;
+    int bad = 0;
+#pragma omp parallel for reduction(| : bad) if (n > FEW)
+    for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7f80u) == 0x7f80u;
     return !bad;
 }
 static bool f16_finite(const uint16_t *x, int64_t n) {
-    bool bad = false;
-#pragma omp parallel for simd reduction(|| : bad) if (n > FEW)
-    for (int64_t i = 0; i < n; i++) bad = bad || (x[i] & 0x7c00u) == 0x7c00u;
+    int bad = 0;
+#pragma omp parallel for reduction(| : bad) if (n > FEW)
+    for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7c00u) == 0x7c00u;
     return !bad;
 }
 
