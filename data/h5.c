@@ -3,10 +3,12 @@
 #include "data/h5.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <hdf5.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "data/shard_internal.h"
 #include "kernels/core/file.h"
@@ -80,6 +82,7 @@ static const char *h5_text(char buf[160]) {
 
 struct lsa_h5_writer {
     hid_t file;
+    int fd; /* the same file, for the bytes of datasets */
     bool failed;
     lsa_err first;
     char path[LSA_PATH_MAX];
@@ -123,6 +126,15 @@ lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, int64_t head_byt
         lsa_free(w);
         return st;
     }
+    w->fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (w->fd < 0) {
+        lsa_err own = {0};
+        st = lsa_err_set(&own, lsa_status_from_errno(errno), __FILE__, __LINE__, "cannot open '%s': %s", path,
+                         strerror(errno));
+        st = poison(w, st, err, &own);
+        const lsa_status closed = lsa_h5_finish(w, NULL);
+        return closed != LSA_OK ? closed : st;
+    }
     *out = w;
     return LSA_OK;
 }
@@ -138,8 +150,9 @@ static lsa_status put_attr(hid_t obj, const char *name, const char *value) {
     return ok ? LSA_OK : LSA_E_IO;
 }
 
-static lsa_status write_locked(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows, int64_t cols,
-                               const void *data, lsa_err *err) {
+/* *offset: where its bytes go; -1 for none. */
+static lsa_status make_set(int64_t *offset, lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows,
+                           int64_t cols, uint64_t xxh64, lsa_err *err) {
     lsa_status st = LSA_OK;
     char why[160], hex[17];
     const hsize_t dims[2] = {(hsize_t)rows, (hsize_t)cols};
@@ -153,10 +166,14 @@ static lsa_status write_locked(lsa_h5_writer *w, const char *name, lsa_h5_type t
     errno = 0;
     set = H5Dcreate2(w->file, name, type, space, lcpl, dcpl, H5P_DEFAULT);
     if (set < 0) LSA_FAIL(io_code(), "cannot create dataset '%s' in '%s': %s", name, w->path, h5_text(why));
-    int64_t bytes = rows * (cols ? cols : 1) * lsa_h5_type_bytes(t);
-    if (bytes && H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0)
-        LSA_FAIL(io_code(), "cannot write dataset '%s' of '%s': %s", name, w->path, h5_text(why));
-    lsa_hex64(hex, lsa_xxh64(data, (size_t)bytes));
+    *offset = -1;
+    if (rows) {
+        const haddr_t at = H5Dget_offset(set);
+        if (at == HADDR_UNDEF)
+            LSA_FAIL(LSA_E_BUG, "dataset '%s' of '%s' has no place in the file", name, w->path);
+        *offset = (int64_t)at;
+    }
+    lsa_hex64(hex, xxh64);
     if (put_attr(set, "xxh64", hex) != LSA_OK)
         LSA_FAIL(io_code(), "cannot write the hash of '%s' in '%s': %s", name, w->path, h5_text(why));
 done:
@@ -170,13 +187,27 @@ done:
     return st;
 }
 
+static lsa_status put_pieces(const lsa_h5_writer *w, const char *name, int64_t bytes, int64_t offset,
+                             const lsa_piece *piece, int64_t n, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    for (int64_t i = 0; i < n; i++) bytes -= piece[i].n_bytes;
+    if (bytes) LSA_FAIL(LSA_E_BUG, "dataset '%s': %lld bytes too few", name, (long long)bytes);
+    for (int64_t i = 0; i < n; offset += piece[i++].n_bytes)
+        LSA_TRY(lsa_pwrite_all(w->fd, piece[i].data, (size_t)piece[i].n_bytes, offset, w->path, err));
+done:
+    return st;
+}
+
 lsa_status lsa_h5_write(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows, int64_t cols,
-                        const void *data, lsa_err *err) {
+                        const lsa_piece *piece, int64_t n, uint64_t xxh64, lsa_err *err) {
     lsa_err own = {0};
+    int64_t offset = -1;
     if (w->failed) return poison(w, LSA_E_IO, err, &own);
     pthread_mutex_lock(&g_lock);
-    lsa_status st = write_locked(w, name, t, rows, cols, data, &own);
+    lsa_status st = make_set(&offset, w, name, t, rows, cols, xxh64, &own);
     pthread_mutex_unlock(&g_lock);
+    const int64_t bytes = rows * (cols ? cols : 1) * lsa_h5_type_bytes(t);
+    if (st == LSA_OK) st = put_pieces(w, name, bytes, offset, piece, n, &own);
     return st == LSA_OK ? LSA_OK : poison(w, st, err, &own);
 }
 
@@ -200,12 +231,15 @@ lsa_status lsa_h5_attr_str(lsa_h5_writer *w, const char *object, const char *nam
 lsa_status lsa_h5_finish(lsa_h5_writer *w, lsa_err *err) {
     char why[160];
     lsa_err own = {0};
+    lsa_status st = LSA_OK;
     if (!w) return LSA_OK;
+    if (w->fd >= 0 && close(w->fd) != 0)
+        st = lsa_err_set(&own, lsa_status_from_errno(errno), __FILE__, __LINE__, "cannot close '%s': %s",
+                         w->path, strerror(errno));
     pthread_mutex_lock(&g_lock);
     errno = 0;
     herr_t rc = H5Fclose(w->file);
-    lsa_status st = LSA_OK;
-    if (rc < 0)
+    if (rc < 0 && st == LSA_OK)
         st = lsa_err_set(&own, io_code(), __FILE__, __LINE__, "cannot close '%s': %s", w->path, h5_text(why));
     pthread_mutex_unlock(&g_lock);
     if (w->failed || st != LSA_OK) st = poison(w, st, err, &own);
@@ -358,6 +392,23 @@ lsa_status lsa_h5_get_str(char *buf, size_t n, lsa_h5_reader *r, const char *nam
     if (st != LSA_OK)
         LSA_RET_FAIL(LSA_E_FORMAT, "'%s': root attribute '%s' is missing or not a short string", r->path,
                      name);
+    return LSA_OK;
+}
+
+lsa_status lsa_h5_get_set_str(char *buf, size_t n, lsa_h5_reader *r, const char *set, const char *name,
+                              lsa_err *err) {
+    lsa_status st = LSA_E_FORMAT;
+    pthread_mutex_lock(&g_lock);
+    const hid_t h = path_exists(r->file, set) ? H5Dopen2(r->file, set, H5P_DEFAULT) : H5I_INVALID_HID;
+    if (h >= 0) {
+        st = get_attr(buf, n, h, name);
+        H5Dclose(h);
+    }
+    H5Eclear2(H5E_DEFAULT);
+    pthread_mutex_unlock(&g_lock);
+    if (st != LSA_OK)
+        LSA_RET_FAIL(LSA_E_FORMAT, "'%s': attribute '%s' of dataset '%s' is missing or not a short string",
+                     r->path, name, set);
     return LSA_OK;
 }
 

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/core/hash.h"
 #include "kernels/core/lsa_status.h"
 
 /* First thing in every program that touches shards: no exit handler (it can crash after a failed close), no
@@ -35,9 +36,12 @@ typedef struct lsa_h5_writer lsa_h5_writer;
  * gap. */
 LSA_NODISCARD lsa_status lsa_h5_create(lsa_h5_writer **out, const char *path, int64_t head_bytes,
                                        lsa_err *err);
-/* name: "/group/set"; groups are made as needed. cols 0 means a vector. */
+/* A dataset of rows [, cols] (cols 0: a vector): pieces laid end to end, and the hash of that. name:
+ * "/group/set"; groups are made as needed. The bytes go to their place in the file past HDF5 and outside the
+ * lock, so that several shards are written at once. */
 LSA_NODISCARD lsa_status lsa_h5_write(lsa_h5_writer *w, const char *name, lsa_h5_type t, int64_t rows,
-                                      int64_t cols, const void *data, lsa_err *err);
+                                      int64_t cols, const lsa_piece *piece, int64_t n, uint64_t xxh64,
+                                      lsa_err *err);
 LSA_NODISCARD lsa_status lsa_h5_attr_str(lsa_h5_writer *w, const char *object, const char *name,
                                          const char *value, lsa_err *err);
 /* Closes everything; any failure since create is reported here again. The writer is gone afterwards either
@@ -59,6 +63,8 @@ bool lsa_h5_has(lsa_h5_reader *r, const char *name);
 LSA_NODISCARD lsa_status lsa_h5_find(lsa_h5_set *out, lsa_h5_reader *r, const char *name, lsa_h5_type t,
                                      int64_t rows, int64_t cols, lsa_err *err);
 /* Root attribute into buf; LSA_E_FORMAT if absent or longer. */
+LSA_NODISCARD lsa_status lsa_h5_get_set_str(char *buf, size_t n, lsa_h5_reader *r, const char *set,
+                                            const char *name, lsa_err *err); /* of a dataset */
 LSA_NODISCARD lsa_status lsa_h5_get_str(char *buf, size_t n, lsa_h5_reader *r, const char *name,
                                         lsa_err *err);
 

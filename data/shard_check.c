@@ -1,6 +1,7 @@
 /* lsa-dump verify: everything a reader relies on, once, over whole files. */
 #include <fcntl.h>
 #include <math.h>
+#include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,40 +12,57 @@
 #include "kernels/core/dtype.h"
 #include "kernels/core/file.h"
 #include "kernels/core/hash.h"
+#include "kernels/core/log.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
-typedef struct extent {
+typedef struct extent { /* of a dataset, or of the whole file */
+    char name[128];
     int64_t offset, bytes;
+    uint64_t want, found;
 } extent;
 
 typedef struct hasher {
     lsa_h5_reader *h;
     const char *path;
-    int fd;
     LSA_VEC(extent) extents;
 } hasher;
 
-static lsa_status check_one(void *user, const char *name, lsa_err *err) {
+static lsa_status list_one(void *user, const char *name, lsa_err *err) {
     hasher *c = user;
     lsa_status st = LSA_OK;
-    int64_t bytes, offset;
-    uint64_t want;
-    char *buf = NULL;
-    LSA_TRY(lsa_h5_find_any(c->h, name, &bytes, &offset, &want, err));
-    LSA_TRY(lsa_alloc_((void **)&buf, bytes, 1, name, err));
-    if (bytes) LSA_TRY(lsa_pread_all(c->fd, buf, (size_t)bytes, offset, c->path, err));
-    if (lsa_xxh64(buf ? buf : "", (size_t)bytes) != want)
-        LSA_FAIL(
-            LSA_E_FORMAT,
-            "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again",
-            c->path, name);
-    if (bytes) {
-        LSA_TRY(LSA_VEC_RESERVE(c->extents, c->extents.len + 1, err));
-        c->extents.data[c->extents.len++] = (extent){offset, bytes};
-    }
+    extent x = {0};
+    snprintf(x.name, sizeof x.name, "%s", name);
+    LSA_TRY(lsa_h5_find_any(c->h, name, &x.bytes, &x.offset, &x.want, err));
+    LSA_TRY(LSA_VEC_RESERVE(c->extents, c->extents.len + 1, err));
+    c->extents.data[c->extents.len++] = x;
 done:
-    lsa_free(buf);
+    return st;
+}
+
+int lsa_shard_threads(void) {
+    return (int)lsa_min_i64(8, omp_get_max_threads());
+}
+
+/* Of all extents. The first error of any thread. */
+static lsa_status hash_all(hasher *c, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    const int threads = lsa_shard_threads();
+    const int fd = open(c->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s'", c->path);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < c->extents.len; i++) {
+        extent *const x = &c->extents.data[i];
+        lsa_err why = {0};
+        const lsa_status read = lsa_xxh64_range(&x->found, fd, x->offset, x->bytes, c->path, &why);
+        if (read == LSA_OK) continue;
+#pragma omp critical(lsa_shard_hash)
+        if (st == LSA_OK) {
+            st = read;
+            if (err) *err = why;
+        }
+    }
+    close(fd);
     return st;
 }
 
@@ -53,17 +71,20 @@ static int by_offset(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static lsa_status find_head(int64_t *head_bytes, hasher *c, lsa_err *err) {
-    int64_t size, at;
-    lsa_status st = lsa_file_size(&size, c->path, err);
+/* Of the extents from `first` on. */
+static lsa_status find_head(int64_t *head_bytes, hasher *c, int64_t first, lsa_err *err) {
+    int64_t size, at = -1;
+    const lsa_status st = lsa_file_size(&size, c->path, err);
     if (st != LSA_OK) return st;
-    if (c->extents.len == 0) LSA_RET_FAIL(LSA_E_FORMAT, "'%s' holds no data", c->path);
-    qsort(c->extents.data, (size_t)c->extents.len, sizeof *c->extents.data, by_offset);
-    *head_bytes = at = c->extents.data[0].offset;
-    for (int64_t i = 0; i < c->extents.len; i++) {
-        if (c->extents.data[i].offset != at) break;
-        at += c->extents.data[i].bytes;
+    qsort(c->extents.data + first, (size_t)(c->extents.len - first), sizeof *c->extents.data, by_offset);
+    for (int64_t i = first; i < c->extents.len; i++) {
+        const extent *const x = &c->extents.data[i];
+        if (x->bytes == 0) continue; /* has no place */
+        if (at < 0) *head_bytes = at = x->offset;
+        if (x->offset != at) break;
+        at += x->bytes;
     }
+    if (at < 0) LSA_RET_FAIL(LSA_E_FORMAT, "'%s' holds no data", c->path);
     if (at != size)
         LSA_RET_FAIL(LSA_E_BUG, "'%s': HDF5 put structures behind byte %lld, after the first dataset",
                      c->path, (long long)at);
@@ -95,17 +116,28 @@ lsa_status lsa_shard_check_head(const char *path, const lsa_manifest_shard *m, l
     return st;
 }
 
-lsa_status lsa_shard_check_hashes(int64_t *head_bytes, const char *path, lsa_err *err) {
+lsa_status lsa_shard_check_hashes(int64_t *head_bytes, uint64_t *whole, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
-    hasher c = {.path = path, .fd = -1};
+    hasher c = {.path = path};
+    if (whole) { /* first: it takes longest */
+        LSA_TRY(LSA_VEC_RESERVE(c.extents, 1, err));
+        c.extents.data[0] = (extent){.bytes = 0};
+        LSA_TRY(lsa_file_size(&c.extents.data[0].bytes, path, err));
+        c.extents.len = 1;
+    }
     LSA_TRY(lsa_h5_open(&c.h, path, err));
-    c.fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (c.fd < 0) LSA_FAIL(LSA_E_IO, "cannot open '%s'", path);
-    LSA_TRY(lsa_h5_each(c.h, check_one, &c, err));
-    if (head_bytes) LSA_TRY(find_head(head_bytes, &c, err));
+    LSA_TRY(lsa_h5_each(c.h, list_one, &c, err));
+    LSA_TRY(hash_all(&c, err));
+    for (int64_t i = whole != NULL; i < c.extents.len; i++)
+        if (c.extents.data[i].found != c.extents.data[i].want)
+            LSA_FAIL(
+                LSA_E_FORMAT,
+                "'%s': the bytes of dataset '%s' do not match their xxh64; the file is damaged: delete it and dump again",
+                path, c.extents.data[i].name);
+    if (whole) *whole = c.extents.data[0].found;
+    if (head_bytes) LSA_TRY(find_head(head_bytes, &c, whole != NULL, err));
 done:
     lsa_free(c.extents.data);
-    if (c.fd >= 0) close(c.fd);
     lsa_h5_close(c.h);
     return st;
 }
@@ -212,8 +244,28 @@ static int descending(const void *a, const void *b) {
 }
 
 /* One probe row: the stored native logits (fp32 keys) against logits recomputed from the stored fp8 keys. */
-static lsa_status check_probe_row(const float *q, const float *w, int64_t heads, const uint8_t *key,
-                                  const float *want, int64_t n, const char *where, lsa_err *err) {
+/* Of probe rows that see more than four times the label pool. */
+typedef struct probe_summary {
+    int64_t rows;
+    double r, overlap; /* least */
+} probe_summary;
+
+/* Share of the k highest of `want` that are among the k highest of `got`. */
+static double top_overlap(const float *got, const float *want, float *sorted, int64_t n, int64_t k) {
+    memcpy(sorted, got, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, descending);
+    const float a = sorted[k - 1];
+    memcpy(sorted, want, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, descending);
+    const float b = sorted[k - 1];
+    int64_t both = 0;
+    for (int64_t s = 0; s < n; s++) both += got[s] >= a && want[s] >= b;
+    return fmin(1, (double)both / (double)k); /* ties may be more than k */
+}
+
+static lsa_status check_probe_row(probe_summary *sum, int64_t pool, const float *q, const float *w,
+                                  int64_t heads, const uint8_t *key, const float *want, int64_t n,
+                                  const char *where, lsa_err *err) {
     lsa_status st = LSA_OK;
     float *got = NULL, *sorted = NULL, row[128];
     if (n < 8) return LSA_OK;
@@ -245,17 +297,17 @@ static lsa_status check_probe_row(const float *q, const float *w, int64_t heads,
             LSA_E_FORMAT,
             "%s: native logits recomputed from the stored keys correlate only %.5f with the recorded ones (at least %.3f): wrong rotation, RoPE or scale",
             where, r, least);
-    int64_t k = n / 8, both = 0; /* the top eighth must agree, apart from a few at the border */
-    memcpy(sorted, got, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, descending);
-    float ta = sorted[k - 1];
-    memcpy(sorted, want, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, descending);
-    float tb = sorted[k - 1];
-    for (int64_t s = 0; s < n; s++) both += got[s] >= ta && want[s] >= tb;
-    if ((double)(k - both) > fmax(2.0, 0.1 * (double)k))
-        LSA_FAIL(LSA_E_FORMAT, "%s: only %lld of the %lld highest native logits agree with the stored keys",
-                 where, (long long)both, (long long)k);
+    if (pool > 0 && n > 4 * pool) {
+        const double overlap = top_overlap(got, want, sorted, n, pool);
+        sum->r = sum->rows ? fmin(sum->r, r) : r;
+        sum->overlap = sum->rows ? fmin(sum->overlap, overlap) : overlap;
+        sum->rows++;
+    }
+    const int64_t k = n / 8; /* the top eighth must agree, apart from a few at the border */
+    const double same = top_overlap(got, want, sorted, n, k) * (double)k;
+    if ((double)k - same > fmax(2.0, 0.1 * (double)k))
+        LSA_FAIL(LSA_E_FORMAT, "%s: only %.0f of the %lld highest native logits agree with the stored keys",
+                 where, same, (long long)k);
 done:
     lsa_free(got);
     lsa_free(sorted);
@@ -276,8 +328,8 @@ static lsa_status read_probe(void **out, lsa_h5_reader *h, int fd, const char *p
     return st;
 }
 
-static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t first_doc, int64_t n_doc,
-                              lsa_err *err) {
+static lsa_status check_probe(probe_summary *sum, const lsa_shards *s, const char *path, int64_t first_doc,
+                              int64_t n_doc, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_shards_info *f = lsa_shards_get_info(s);
     lsa_h5_reader *h = NULL;
@@ -319,7 +371,8 @@ static lsa_status check_probe(const lsa_shards *s, const char *path, int64_t fir
             if (n > nl - at)
                 LSA_FAIL(LSA_E_FORMAT, "'%s': /probe/c%d row %lld does not fit", path, o, (long long)p);
             snprintf(where, sizeof where, "'%s': probe %lld of layer c%d", path, (long long)p, o);
-            LSA_TRY(check_probe_row(q + p * cq, w + p * cw, cw, key, logit + at, n, where, err));
+            LSA_TRY(check_probe_row(sum, f->label_pool, q + p * cq, w + p * cw, cw, key, logit + at, n, where,
+                                    err));
             at += n;
         }
     }
@@ -339,6 +392,7 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
     lsa_manifest m = {0};
     lsa_shards *s = NULL;
     char path[LSA_PATH_MAX];
+    probe_summary sum = {0};
     LSA_TRY(lsa_manifest_load(&m, dir, err));
     for (int64_t i = 0; i < m.shard.len; i++) {
         uint64_t h;
@@ -349,7 +403,7 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
         LSA_TRY(lsa_xxh64_file(&h, path, err));
         if (h == m.shard.data[i].xxh64) continue;
         LSA_TRY(lsa_shard_check_head(path, &m.shard.data[i], err));
-        LSA_TRY(lsa_shard_check_hashes(NULL, path, err)); /* names the dataset, if one is hit */
+        LSA_TRY(lsa_shard_check_hashes(NULL, NULL, path, err)); /* names the dataset, if one is hit */
         LSA_FAIL(
             LSA_E_FORMAT,
             "shard '%s' does not match the manifest's hash: it was damaged or replaced; delete it and dump again",
@@ -359,9 +413,14 @@ lsa_status lsa_shards_verify(const char *dir, lsa_err *err) {
     int64_t doc = 0;
     for (int64_t i = 0; i < m.shard.len; i++) {
         LSA_TRY(lsa_path(path, err, "%s/%s", dir, m.shard.data[i].file));
-        LSA_TRY(check_probe(s, path, doc, m.shard.data[i].documents, err));
+        LSA_TRY(check_probe(&sum, s, path, doc, m.shard.data[i].documents, err));
         for (int64_t d = 0; d < m.shard.data[i].documents; d++) LSA_TRY(check_doc(s, doc++, err));
     }
+    if (sum.rows)
+        lsa_info(
+            "native logits rebuilt from the stored keys, %lld rows with more than %d visible chunks: r at "
+            "least %.6f, at least %.2f %% of the highest %d the same",
+            (long long)sum.rows, 4 * m.info.label_pool, sum.r, 100 * sum.overlap, m.info.label_pool);
 done:
     lsa_shards_close(s);
     lsa_manifest_fini(&m);

@@ -12,10 +12,14 @@
  * masses of the sliding window and of the sink lie in [0, 1]. */
 LSA_NODISCARD lsa_status lsa_shards_check_rows(const lsa_shards *s, int64_t doc, lsa_err *err);
 
-/* Reads every dataset of one file and compares it with its xxh64 attribute. *head_bytes (may be NULL): where
- * the first dataset begins; LSA_E_BUG unless the datasets fill the file from there to its end, so that no
- * HDF5 structure lies behind. */
-LSA_NODISCARD lsa_status lsa_shard_check_hashes(int64_t *head_bytes, const char *path, lsa_err *err);
+/* Reads every dataset of one file and compares it with its xxh64 attribute. Each may be NULL: *head_bytes,
+ * where the first dataset begins (LSA_E_BUG unless the datasets fill the file from there to its end, so that
+ * no HDF5 structure lies behind); *whole, the hash of the file. By lsa_shard_threads() threads. */
+LSA_NODISCARD lsa_status lsa_shard_check_hashes(int64_t *head_bytes, uint64_t *whole, const char *path,
+                                                lsa_err *err);
+
+/* Threads for one shard: hashes are bound by memory, and several shards are sealed at once. */
+int lsa_shard_threads(void);
 
 /* The head of a shard, all of HDF5's own structures, against the manifest. Before HDF5 opens the file: its
  * parser is not safe on damaged structures (1.10 reads and writes out of bounds). */

@@ -174,6 +174,22 @@ done:
     return st;
 }
 
+/* Keys in another codec, or not rotated, would be read as numbers all the same. */
+static lsa_status check_codec(lsa_h5_reader *h, const char *path, const char *name, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char codec[32], rotation[32];
+    LSA_TRY(lsa_h5_get_set_str(codec, sizeof codec, h, name, "codec", err));
+    LSA_TRY(lsa_h5_get_set_str(rotation, sizeof rotation, h, name, "rotation", err));
+    if (strcmp(codec, "e4m3_f32") || strcmp(rotation, "hadamard128"))
+        LSA_FAIL(
+            LSA_E_UNSUPPORTED,
+            "'%s': dataset '%s' holds keys in codec '%s', rotation '%s'; this version reads e4m3_f32 with "
+            "hadamard128: dump again with it, or use the version that wrote the shard",
+            path, name, codec, rotation);
+done:
+    return st;
+}
+
 static lsa_status open_shard(lsa_shards *s, int64_t i, lsa_err *err) {
     lsa_status st = LSA_OK;
     shard *x = &s->shard[i];
@@ -199,6 +215,7 @@ static lsa_status open_shard(lsa_shards *s, int64_t i, lsa_err *err) {
     for (int32_t o = 0; o < f->n_csa; o++) {
         if (f->has_keys[o]) {
             snprintf(name, sizeof name, "/keys/c%d", o);
+            LSA_TRY(check_codec(h, x->path, name, err));
             LSA_TRY(lsa_h5_find(&x->key[o], h, name, LSA_H5_U8, n_key, LSA_KEY_BYTES, err));
             snprintf(name, sizeof name, "/hidden/c%d", o);
             LSA_TRY(lsa_h5_find(&x->hidden[o], h, name, LSA_H5_U16, x->n_hidden, f->hidden, err));

@@ -1,11 +1,17 @@
 /* Documents on a GPU: see gpu_run.h. */
 #include "infer/gpu_run.h"
 
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "infer/gpu_stream.h"
 #include "infer/gpu_weights.h"
 #include "kernels/core/clock.h"
+#include "kernels/core/file.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
@@ -15,8 +21,10 @@ struct lsa_gpu_run {
     lsa_gpu_teacher *teacher;
     lsa_gpu_layer *layer[LSA_MAX_LAYERS]; /* resident */
     lsa_gpu_stream *stream;               /* or streamed */
-    float *parked; /* pinned [parked_tokens, streams, d]: documents between two layers */
+    char *parked; /* pinned [parked_tokens, streams, d], f32 or bf16: documents between two layers */
     int64_t parked_tokens;
+    bool half;
+    const char *dir;      /* the same, mapped from a file there */
     double taps, feeding; /* seconds */
 };
 
@@ -116,12 +124,57 @@ done:
     return st;
 }
 
+/* Bytes that are parked for one token. */
+static int64_t token_bytes(const lsa_gpu_run *x) {
+    return (int64_t)x->e->c.hc_mult * x->e->c.hidden * (x->half ? 2 : 4);
+}
+
+void lsa_gpu_run_park(lsa_gpu_run *x, bool half, const char *dir) {
+    x->half = half;
+    x->dir = dir;
+}
+
+static void leave_parking(lsa_gpu_run *x) {
+    if (x->parked && x->dir)
+        munmap(x->parked, (size_t)(x->parked_tokens * token_bytes(x)));
+    else if (x->parked)
+        lsa_gpu_unpin(x->parked);
+    x->parked = NULL;
+    x->parked_tokens = 0;
+}
+
+/* A file that goes when it is unmapped, or with the process; all of its blocks are there, since a full disk
+ * could not be reported later. */
+static lsa_status map_file(char **out, const char *dir, int64_t bytes, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    char path[LSA_PATH_MAX];
+    int fd = -1, sys;
+    void *p;
+    LSA_TRY(lsa_path(path, err, "%s/.lsa-streams-XXXXXX", dir));
+    fd = mkstemp(path);
+    if (fd < 0)
+        LSA_FAIL(lsa_status_from_errno(errno), "cannot create a file in '%s': %s", dir, strerror(errno));
+    unlink(path);
+    sys = posix_fallocate(fd, 0, (off_t)bytes);
+    if (sys)
+        LSA_FAIL(lsa_status_from_errno(sys),
+                 "the streams of a wave take %.2f GiB in '%s': %s; a smaller --wave-tokens or another folder",
+                 (double)bytes / 0x1p30, dir, strerror(sys));
+    p = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED)
+        LSA_FAIL(LSA_E_NOMEM, "cannot map %.2f GiB: %s", (double)bytes / 0x1p30, strerror(errno));
+    *out = p;
+done:
+    if (fd >= 0) close(fd);
+    return st;
+}
+
 void lsa_gpu_run_destroy(lsa_gpu_run *x) {
     if (!x) return;
     for (int32_t l = 0; l < LSA_MAX_LAYERS; l++) lsa_gpu_layer_drop(x->layer[l]);
     lsa_gpu_stream_destroy(x->stream);
-    if (x->parked) lsa_gpu_unpin(x->parked);
-    lsa_gpu_teacher_destroy(x->teacher);
+    lsa_gpu_teacher_destroy(x->teacher); /* waits for what is being parked */
+    leave_parking(x);
     lsa_free(x);
 }
 
@@ -172,9 +225,16 @@ static void on_rows(void *user, const lsa_gpu_csa_rows *a) {
     if (a->first + a->m == doc->n) one_less(doc);
 }
 
-static lsa_status begin(lsa_gpu_run *x, const lsa_gpu_doc *doc, lsa_err *err) {
-    const lsa_gpu_teacher_doc d = {doc->token,         doc->n,          doc->probe, doc->n_probe,
-                                   doc->hidden_stride, doc->dense_every};
+static lsa_status begin(lsa_gpu_run *x, const lsa_gpu_doc *doc, const void *from, void *to, lsa_err *err) {
+    const lsa_gpu_teacher_doc d = {.token = doc->token,
+                                   .n = doc->n,
+                                   .probe = doc->probe,
+                                   .n_probe = doc->n_probe,
+                                   .hidden_stride = doc->hidden_stride,
+                                   .dense_every = doc->dense_every,
+                                   .from = from,
+                                   .to = to,
+                                   .half = x->half};
     return lsa_gpu_teacher_begin(x->teacher, &d, err);
 }
 
@@ -192,16 +252,14 @@ done:
 }
 
 static lsa_status room_to_park(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n, lsa_err *err) {
-    const int64_t token = (int64_t)x->e->c.hc_mult * x->e->c.hidden * (int64_t)sizeof(float);
     int64_t tokens = 0;
     for (int64_t i = 0; i < n; i++) tokens += doc[i]->n;
     if (tokens <= x->parked_tokens) return LSA_OK;
     lsa_status st = lsa_ctx_sync(x->ctx, err); /* what is parked may still be read */
     if (st != LSA_OK) return st;
-    if (x->parked) lsa_gpu_unpin(x->parked);
-    x->parked = NULL;
-    x->parked_tokens = 0;
-    st = lsa_gpu_pin((void **)&x->parked, tokens * token, err);
+    leave_parking(x);
+    st = x->dir ? map_file(&x->parked, x->dir, tokens * token_bytes(x), err)
+                : lsa_gpu_pin((void **)&x->parked, tokens * token_bytes(x), err);
     if (st == LSA_OK) x->parked_tokens = tokens;
     return st;
 }
@@ -210,19 +268,17 @@ static lsa_status wave(lsa_gpu_run *x, lsa_gpu_doc *const *doc, int64_t n,
                        lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user, lsa_err *err) {
     lsa_status st = LSA_OK;
     const lsa_teacher_config *c = &x->e->c;
-    const int64_t token = (int64_t)c->hc_mult * c->hidden;
     LSA_TRY(room_to_park(x, doc, n, err));
     for (int32_t l = 0; l < c->n_layer; l++) {
         lsa_gpu_layer *layer;
         LSA_TRY(lsa_gpu_stream_begin(&layer, x->stream, err));
-        float *at = x->parked;
+        LSA_TRY(lsa_gpu_teacher_turn(x->teacher, err));
+        char *at = x->parked;
         for (int64_t i = 0; i < n; i++) {
-            LSA_TRY(begin(x, doc[i], err));
-            if (l > 0) LSA_TRY(lsa_gpu_teacher_load(x->teacher, at, err));
+            LSA_TRY(begin(x, doc[i], l > 0 ? at : NULL, l + 1 < c->n_layer ? at : NULL, err));
             LSA_TRY(through(x, doc[i], l, layer, step, user, err));
-            if (l + 1 < c->n_layer) LSA_TRY(lsa_gpu_teacher_save(x->teacher, at, err));
             LSA_TRY(lsa_gpu_stream_poll(x->stream, err));
-            at += doc[i]->n * token;
+            at += doc[i]->n * token_bytes(x);
             if (l + 1 == c->n_layer) one_less(doc[i]); /* it may be gone after this */
         }
         LSA_TRY(lsa_gpu_stream_end(x->stream, err));
@@ -235,7 +291,7 @@ static lsa_status resident(lsa_gpu_run *x, lsa_gpu_doc *doc,
                            lsa_status (*step)(void *user, int64_t n, lsa_err *err), void *user,
                            lsa_err *err) {
     lsa_status st = LSA_OK;
-    LSA_TRY(begin(x, doc, err));
+    LSA_TRY(begin(x, doc, NULL, NULL, err));
     for (int32_t l = 0; l < x->e->c.n_layer; l++) LSA_TRY(through(x, doc, l, x->layer[l], step, user, err));
     one_less(doc);
 done:

@@ -20,6 +20,11 @@ void lsa_gpu_run_destroy(lsa_gpu_run *x); /* NULL allowed */
 
 enum { LSA_GPU_RUN_CHUNK = 8192 }; /* tokens at a time */
 
+/* Streamed, before the first document: what documents leave between two layers is kept as bf16 (rounded after
+ * every layer; else f32, the same bits as resident), and in a file in `dir` (borrowed) without a name; NULL:
+ * in pinned memory. Copies from and to a file do not run beside the computing. */
+void lsa_gpu_run_park(lsa_gpu_run *x, bool half, const char *dir);
+
 typedef struct lsa_gpu_doc lsa_gpu_doc;
 typedef struct lsa_gpu_row_user { /* whose rows: the run's */
     lsa_gpu_run *run;

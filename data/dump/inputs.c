@@ -21,7 +21,10 @@ lsa_status lsa_dump_inputs_open(lsa_dump_inputs *in, const lsa_dump_opts *o, con
                  o->teacher);
     LSA_TRY(lsa_path(path, err, "%s/config.json", o->teacher));
     LSA_TRY(lsa_teacher_config_load(&in->c, path, err));
-    in->load = (lsa_dump_load){.c = &in->c, .shard_bytes = o->shard_bytes, .threads = omp_get_max_threads()};
+    in->load = (lsa_dump_load){.c = &in->c,
+                               .shard_bytes = o->shard_bytes,
+                               .threads = omp_get_max_threads(),
+                               .half_streams = lsa_dump_half_streams(o)};
     LSA_TRY(lsa_dump_make_rule(&in->load.rule, o, &in->c, err));
     if (lengths) {
         LSA_TRY(lsa_dump_lengths(&in->length, &in->load.n, lengths, err));

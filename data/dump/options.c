@@ -9,23 +9,30 @@
 
 lsa_dump_opts lsa_dump_defaults(void) {
     return (lsa_dump_opts){.layers = "all",
+                           .streams = "f32",
                            .top_p = 0.6,
                            .dense_min = 1e-4,
                            .hidden_stride = 64,
                            .shard_bytes = INT64_C(256) << 20};
 }
 
+bool lsa_dump_half_streams(const lsa_dump_opts *o) {
+    return !strcmp(o->streams, "bf16");
+}
+
 json_t *lsa_dump_opts_to_json(const lsa_dump_opts *o, const char *const path[3], uint64_t docs_hash,
                               int64_t n_doc) {
     char hex[17];
     lsa_hex64(hex, docs_hash);
-    return json_pack(
+    json_t *const j = json_pack(
         "{s:s, s:s, s:s?, s:s?, s:s, s:f, s:f, s:I, s:I, s:I, s:I, s:b, s:b, s:b, s:s, s:s, s:I}", "teacher",
         path[0], "tokens", path[1], "needs", path[2], "documents", o->documents, "layers", o->layers, "top_p",
         o->top_p, "dense_min", o->dense_min, "pool", (json_int_t)o->pool, "hidden_stride",
         (json_int_t)o->hidden_stride, "dense_every", (json_int_t)o->dense_every, "shard_bytes",
         (json_int_t)o->shard_bytes, "no_stats", o->no_stats, "sim_fp8", o->sim_fp8, "sim_fp4", o->sim_fp4,
         "lsa_version", lsa_version(), "documents_xxh64", hex, "n_documents", (json_int_t)n_doc);
+    if (j && lsa_dump_half_streams(o)) json_object_set_new(j, "streams", json_string(o->streams));
+    return j;
 }
 
 lsa_status lsa_dump_opts_from_json(lsa_dump_opts *o, const json_t *j, const char *where, lsa_err *err) {
@@ -49,6 +56,7 @@ lsa_status lsa_dump_opts_from_json(lsa_dump_opts *o, const json_t *j, const char
     o->no_stats = json_is_true(json_object_get(j, "no_stats"));
     o->sim_fp8 = json_is_true(json_object_get(j, "sim_fp8"));
     o->sim_fp4 = json_is_true(json_object_get(j, "sim_fp4"));
+    if (json_object_get(j, "streams")) LSA_TRY(lsa_json_str(&o->streams, j, "streams", where, err));
 done:
     return st;
 }
@@ -70,6 +78,8 @@ lsa_status lsa_dump_make_rule(lsa_dump_rule *r, const lsa_dump_opts *o, const ls
                  (long long)(o->pool ? o->pool : c->index_topk));
     if (o->hidden_stride < 1 || o->hidden_stride > 65536)
         LSA_FAIL(LSA_E_ARG, "--hidden-stride must be in [1, 65536], found %lld", (long long)o->hidden_stride);
+    if (strcmp(o->streams, "f32") && strcmp(o->streams, "bf16"))
+        LSA_FAIL(LSA_E_ARG, "--streams must be f32 or bf16, found '%s'", o->streams);
     if (o->dense_every < 0) LSA_FAIL(LSA_E_ARG, "--dense-every must not be negative");
     if (c->n_csa == 0)
         LSA_FAIL(LSA_E_UNSUPPORTED,

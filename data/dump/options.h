@@ -14,10 +14,13 @@ typedef struct lsa_dump_opts {
     bool no_stats, sim_fp8, sim_fp4;
     bool stream;         /* weights layer by layer through the GPU. Not recorded, as the next two */
     int64_t wave_tokens; /* with stream: tokens that pass a layer together; 0: what the host budget holds */
+    const char *streams; /* with stream: what is kept between two layers, "f32" or "bf16". Recorded */
+    const char *streams_dir; /* and where: a folder, or NULL: pinned memory. Not recorded */
     int64_t host_budget; /* bytes of host memory; 0: this machine's. Not recorded: it changes nothing that is
                             written */
 } lsa_dump_opts;
 lsa_dump_opts lsa_dump_defaults(void);
+bool lsa_dump_half_streams(const lsa_dump_opts *o);
 
 /* The manifest's `run` object; path: absolute teacher, tokens and needs (or NULL). NULL if a path is not
  * UTF-8. */

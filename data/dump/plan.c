@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "data/shard_write.h"
+#include "infer/gpu_run.h"
 #include "kernels/core/mem.h"
 #include "kernels/core/num.h"
 
@@ -53,7 +54,7 @@ static double most_dense(const lsa_dump_rule *r, int64_t n) {
 
 typedef struct parts {
     double disk[LSA_DISK_PARTS];
-    double column; /* largest dataset */
+    double made; /* what sealing allocates */
 } parts;
 
 static int64_t keyed_layers(const lsa_dump_load *l) {
@@ -74,8 +75,8 @@ static void add_document(parts *p, const lsa_dump_load *l, const voted *v, int64
     if (r->stats) p->disk[LSA_DISK_STATS] += n_csa * (8 * picked + 12 * (double)n);
     if (r->dense_every) p->disk[LSA_DISK_DENSE] += n_csa * (6 * dense + 18 * (double)(n / r->dense_every));
     p->disk[LSA_DISK_TABLES] += 128 + 12 * (double)n;
-    p->column +=
-        fmax(fmax(keys, hidden), fmax(4 * votes, fmax(r->stats ? 4 * picked : 8 * (double)n, 4 * dense)));
+    p->made += (20 + 8 * (r->stats ? n_csa : 0)) * (double)n + 8 * (double)(n / r->hidden_stride);
+    if (r->dense_every) p->made += 16 * n_csa * (double)(n / r->dense_every);
 }
 
 static double sum_of(const parts *p) {
@@ -96,8 +97,10 @@ static double per_shard(const lsa_dump_load *l, int64_t longest) {
 static double document_bytes(const lsa_dump_load *l, const parts *one, int64_t n) {
     const lsa_dump_rule *r = &l->rule;
     const double cap = (double)lsa_min_i64(l->c->index_topk, n / LSA_CHUNK + 1), rows = (double)n;
-    double slots = rows * (4 * r->pool + 4);
-    if (r->stats) slots += rows * (8 * cap + 8);
+    double slots = rows * 8 * (double)lsa_ceil_div(r->pool, 64); /* votes, as bits */
+    if (r->pool != l->c->index_topk) slots += rows * 4 * r->pool;
+    if (r->pool == l->c->index_topk && !r->stats) slots += rows * 4 * cap; /* else they become the shard's */
+    if (r->stats) slots += rows * 12;                                      /* how many were selected; begin */
     if (r->dense_every) slots += 32 * (double)(n / r->dense_every) + 6 * most_dense(r, n);
     return slots * l->c->n_csa + sum_of(one) + per_shard(l, n);
 }
@@ -106,10 +109,10 @@ static void host_bytes(lsa_dump_plan *p, const lsa_dump_load *l, const parts *al
     const lsa_session_opts so = {.max_tokens = p->longest, .chunk = LSA_TAP_CHUNK};
     p->host[LSA_HOST_SEQUENCE] = lsa_session_bytes(l->c, &so, l->threads);
     p->host[LSA_HOST_DOCUMENT] = (int64_t)document_bytes(l, one, p->longest);
-    /* sealing joins column by column, one at a time */
+    /* sealing makes positions and begin arrays; the rest goes to the file from where it lies */
     const double open = fmin((double)l->shard_bytes, sum_of(all)),
-                 column = fmin(all->column, all->column * (open + sum_of(one)) / fmax(sum_of(all), 1));
-    p->host[LSA_HOST_SHARD] = (int64_t)(open + column);
+                 made = all->made * fmin(1, (open + sum_of(one)) / fmax(sum_of(all), 1));
+    p->host[LSA_HOST_SHARD] = (int64_t)(open + made);
     p->host[LSA_HOST_PROGRAM] = 8 * p->tokens + (64 + 40 * (int64_t)l->threads) * MIB;
     p->host_bytes = 0;
     for (int i = 0; i < LSA_HOST_PARTS; i++) p->host_bytes += p->host[i];
@@ -153,11 +156,31 @@ done:
     return st;
 }
 
+/* Of a token, between two layers. */
+static int64_t stream_bytes(const lsa_dump_load *l) {
+    return (l->half_streams ? 2 : 4) * (int64_t)l->c->hc_mult * l->c->hidden;
+}
+
+/* What kernels/cuda/teacher/teacher.cu allocates for documents of n tokens, but for the statistics' slots. */
+static int64_t gpu_state(const lsa_teacher_config *c, int64_t n) {
+    const int64_t m = lsa_min_i64(n, LSA_GPU_RUN_CHUNK), D = c->head_dim, Di = c->index_head_dim,
+                  heads = (int64_t)c->n_head * D, index = (int64_t)c->index_n_head * Di,
+                  streams = (int64_t)c->hc_mult * c->hidden, chunks = n / LSA_CHUNK + 1,
+                  logits = lsa_max_i64(lsa_min_i64(m * (chunks + 32), INT64_C(1) << 28), chunks + 32);
+    const int64_t whole = n * (streams + 5 * D + 4 * Di) + chunks * (D + 2 * Di) + m * streams,
+                  part = m * (c->q_rank + 2 * heads + 3 * index + heads +
+                              2 * (int64_t)c->o_groups * c->o_rank + 3 * (int64_t)c->hidden + c->n_expert +
+                              (int64_t)c->n_expert_tok * (c->moe_dim + c->hidden));
+    return 4 * (whole + part + 2 * logits);
+}
+
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
     lsa_dump_streamed *s = &p->streamed;
-    s->token_bytes = 4 * (int64_t)l->c->hc_mult * l->c->hidden;
+    s->token_bytes = stream_bytes(l);
     s->wave_tokens = p->host_budget / s->token_bytes;
     s->gpu_bytes = p->teacher.largest_layer + 2 * (p->host[LSA_HOST_WEIGHTS] / lsa_max_i64(l->c->n_layer, 1));
+    s->gpu_state = gpu_state(l->c, p->longest);
+    s->gpu_bytes += s->gpu_state + 2 * 4 * (int64_t)l->c->vocab * l->c->hidden;
     s->passes = p->longest <= s->wave_tokens;
     int64_t wave = 0;
     for (int64_t i = 0; s->passes && i < l->n; i++) { /* documents whole, in order */
@@ -176,15 +199,20 @@ void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *l) {
 void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *l) {
     const lsa_teacher_config *c = l->c;
     const int64_t outside = 2 * 4 * (int64_t)c->vocab * c->hidden,
-                  token = 4 * (int64_t)c->hc_mult * c->hidden +
-                          c->n_csa * (4 * (int64_t)l->rule.pool +
-                                      (l->rule.stats ? 16 * (int64_t)c->index_topk : 0) + 200);
+                  token = stream_bytes(l) + lsa_dump_flight_bytes(l, 1);
     p->host_bytes -= p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
     p->host[LSA_HOST_WEIGHTS] = outside + 2 * p->teacher.largest_layer;
-    p->host[LSA_HOST_SEQUENCE] = 4 * (int64_t)c->hc_mult * c->hidden * p->longest;
+    p->host[LSA_HOST_SEQUENCE] = stream_bytes(l) * p->longest;
     p->host_bytes += p->host[LSA_HOST_WEIGHTS] + p->host[LSA_HOST_SEQUENCE];
     const int64_t left = lsa_max_i64(p->host_budget - p->host_bytes, 0) / 2;
     p->streamed.wave_tokens = lsa_max_i64(left / token, p->longest);
+}
+
+int64_t lsa_dump_flight_bytes(const lsa_dump_load *l, int64_t n) {
+    const lsa_dump_rule *r = &l->rule;
+    const int64_t labels = 5 * most_votes(r, r->pool),
+                  entries = (r->stats ? 8 : 4) * (int64_t)l->c->index_topk;
+    return n * l->c->n_csa * (labels + entries + lsa_ceil_div(r->pool, 8) + 200);
 }
 
 void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *l) {

@@ -34,7 +34,8 @@ typedef struct lsa_dump_streamed {
     int64_t wave_tokens, token_bytes; /* tokens whose residual streams (f32) fill the host budget */
     int64_t passes;                   /* over the weights; 0: one document alone exceeds the budget */
     double bus_bytes;                 /* weights once a pass, streams to the GPU and back once a layer */
-    int64_t gpu_bytes;                /* the largest layer, as stored and twice in f32 */
+    int64_t gpu_bytes;                /* the largest layer, as stored and twice in f32; tables; the next: */
+    int64_t gpu_state;                /* streams, rows and index logits of the longest document */
     double flop_seconds, bus_seconds; /* at the rates below */
 } lsa_dump_streamed;
 #define LSA_PLAN_FLOPS 67e12  /* f32 peak of an H100 by its data sheet */
@@ -56,6 +57,7 @@ typedef struct lsa_dump_load {
     const lsa_teacher_config *c;
     lsa_dump_rule rule;
     int64_t shard_bytes;
+    bool half_streams;     /* streamed weights: bf16 between two layers */
     const int64_t *length; /* [n] tokens of each document */
     int64_t n;
     int32_t threads;
@@ -70,7 +72,9 @@ LSA_NODISCARD lsa_status lsa_dump_bytes(lsa_dump_plan *p, const lsa_dump_load *l
 void lsa_dump_plan_streaming(lsa_dump_plan *p, const lsa_dump_load *load);
 /* With a GPU: shards that are being sealed, and documents between the GPU and the open shard. */
 #define LSA_DUMP_SEALING   3
-#define LSA_DUMP_IN_FLIGHT (INT64_C(1) << 30) /* bytes; one document, or a wave, may have more */
+#define LSA_DUMP_IN_FLIGHT (INT64_C(1) << 30) /* bytes, beside the longest document */
+/* A document of n tokens there, keys and hidden vectors among the rest: an upper bound. */
+int64_t lsa_dump_flight_bytes(const lsa_dump_load *load, int64_t n);
 void lsa_dump_plan_beside(lsa_dump_plan *p, const lsa_dump_load *load);
 /* From p->host_budget. */
 void lsa_dump_streamed_cost(lsa_dump_plan *p, const lsa_dump_load *load);

@@ -56,9 +56,10 @@ static void print_streamed(const lsa_dump_plan *p, const lsa_teacher_config *c) 
         "\nrun --device cuda --stream: weights pass through the GPU layer by layer. Lower bounds, not measured, from bytes at\n"
         "%.1f GB/s (host to GPU) and FLOPs at %.0f TFLOP/s; this version computes in f32 without tensor cores:\n",
         LSA_PLAN_BUS * 1e-9, LSA_PLAN_FLOPS * 1e-12);
-    printf("wave       %lld tokens: %d streams of %d in f32, %s a token, fill the host budget of %s\n",
-           (long long)s->wave_tokens, c->hc_mult, c->hidden, size((double)s->token_bytes).s,
-           size((double)p->host_budget).s);
+    printf("wave       %lld tokens: %d streams of %d in %s, %s a token, fill the host budget of %s\n",
+           (long long)s->wave_tokens, c->hc_mult, c->hidden,
+           s->token_bytes < 4 * (int64_t)c->hc_mult * c->hidden ? "bf16" : "f32",
+           size((double)s->token_bytes).s, size((double)p->host_budget).s);
     if (s->passes == 0) {
         printf(
             "passes     none: one document of %lld tokens exceeds a wave; a larger --host-budget or shorter documents\n",
@@ -67,7 +68,10 @@ static void print_streamed(const lsa_dump_plan *p, const lsa_teacher_config *c) 
     }
     printf("passes     %lld over the weights; %s over the bus, streams to the GPU and back once a layer\n",
            (long long)s->passes, size(s->bus_bytes).s);
-    printf("GPU        at least %s: two layers in f32 and one as stored\n", size((double)s->gpu_bytes).s);
+    printf(
+        "GPU        at least %s: two layers in f32, one as stored, embeddings and head; %s are the longest\n"
+        "           document's\n",
+        size((double)s->gpu_bytes).s, size((double)s->gpu_state).s);
     printf("time       at least %s: arithmetic %s, bus %s\n",
            span(s->flop_seconds > s->bus_seconds ? s->flop_seconds : s->bus_seconds).s,
            span(s->flop_seconds).s, span(s->bus_seconds).s);
@@ -118,10 +122,11 @@ lsa_status lsa_dump_print_plan_json(const lsa_dump_plan *p, bool fits, lsa_err *
                   parts_json(host_name, p->host, LSA_HOST_PARTS), "parameters", p->teacher.params,
                   "active_parameters", p->teacher.active, "weight_bytes", (json_int_t)p->teacher.bytes,
                   "flops", p->flops, "tokens_per_s", p->tokens_per_s, "seconds", p->seconds);
-    json_t *x = json_pack("{s:b, s:I, s:I, s:f, s:I, s:f, s:f}", "in_this_version", 1, "wave_tokens",
-                          (json_int_t)s->wave_tokens, "passes", (json_int_t)s->passes, "bus_bytes",
-                          s->bus_bytes, "gpu_bytes", (json_int_t)s->gpu_bytes, "flop_seconds",
-                          s->flop_seconds, "bus_seconds", s->bus_seconds);
+    json_t *x =
+        json_pack("{s:b, s:I, s:I, s:f, s:I, s:I, s:f, s:f}", "in_this_version", 1, "wave_tokens",
+                  (json_int_t)s->wave_tokens, "passes", (json_int_t)s->passes, "bus_bytes", s->bus_bytes,
+                  "gpu_bytes", (json_int_t)s->gpu_bytes, "gpu_state", (json_int_t)s->gpu_state,
+                  "flop_seconds", s->flop_seconds, "bus_seconds", s->bus_seconds);
     if (s->token_bytes)
         json_object_set_new(o, "streamed", x);
     else

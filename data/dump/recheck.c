@@ -261,6 +261,12 @@ static lsa_status open_all(recheck *r, const char *dir, const lsa_recheck_opts *
     lsa_dump_opts d;
     LSA_TRY(lsa_manifest_load(&r->m, dir, err));
     LSA_TRY(lsa_dump_opts_from_json(&d, r->m.run, dir, err));
+    if (lsa_dump_half_streams(&d))
+        LSA_FAIL(
+            LSA_E_UNSUPPORTED,
+            "'%s' was dumped with --streams bf16, which rounds between layers: a recheck, which keeps f32, "
+            "cannot compare; dump some of its documents again instead",
+            dir);
     if (o->teacher) d.teacher = o->teacher;
     if (o->tokens) d.tokens = o->tokens;
     if (o->needs) d.needs = o->needs;

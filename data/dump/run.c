@@ -101,13 +101,6 @@ static void arrived(void *user) {
     if (st != LSA_OK && d->given == LSA_OK) d->given = st, d->why = why;
 }
 
-/* As tap.c holds it, and once more merged. */
-static int64_t flight_bytes(const dump *d, int64_t n) {
-    const lsa_teacher_config *c = lsa_engine_config(d->engine);
-    const lsa_dump_rule *r = &d->in.load.rule;
-    return n * c->n_csa * (4 * (int64_t)r->pool + (r->stats ? 16 * (int64_t)c->index_topk : 0) + 200);
-}
-
 /* What the lane said when something was given to it. */
 static lsa_status given(const dump *d, lsa_err *err) {
     if (d->given != LSA_OK && err && err->code == LSA_OK) *err = d->why;
@@ -119,7 +112,7 @@ static lsa_status take_off(lsa_gpu_doc **out, dump *d, const lsa_doc *doc, lsa_e
     flight *f = NULL;
     LSA_TRY(LSA_VEC_RESERVE(d->flying, d->flying.len + 1, err));
     LSA_TRY(LSA_NEW(f, 1, err));
-    *f = (flight){.d = d, .doc = doc, .bytes = flight_bytes(d, doc->n_token)};
+    *f = (flight){.d = d, .doc = doc, .bytes = lsa_dump_flight_bytes(&d->in.load, doc->n_token)};
     d->flying.data[d->flying.len++] = f;
     LSA_TRY(lsa_tap_begin(&f->taps, lsa_engine_config(d->engine), &d->in.load.rule, doc->n_token, true, err));
     LSA_TRY(lsa_tap_gpu_doc(out, f->taps, doc, err));
@@ -134,7 +127,8 @@ static lsa_status feed(dump *d, int64_t first, int64_t last, lsa_err *err) {
     lsa_status st = LSA_OK;
     lsa_gpu_doc **g = NULL;
     int64_t bytes = 0;
-    for (int64_t i = first; i < last; i++) bytes += flight_bytes(d, lsa_docs_at(d->in.docs, i)->n_token);
+    for (int64_t i = first; i < last; i++)
+        bytes += lsa_dump_flight_bytes(&d->in.load, lsa_docs_at(d->in.docs, i)->n_token);
     if (!lsa_lane_try(d->merging, bytes)) {
         LSA_TRY(lsa_gpu_run_drain(d->reader.gpu, err)); /* what is waited for must be able to arrive */
         LSA_TRY(lsa_lane_reserve(d->merging, bytes, err));
@@ -161,8 +155,11 @@ static int64_t wave_end(const dump *d, int64_t first, int64_t n) {
 
 static lsa_status by_gpu(dump *d, int64_t first, int64_t n, lsa_err *err) {
     lsa_status st = LSA_OK, ended;
+    int64_t longest = 0;
+    for (int64_t i = first; i < n; i++) longest = lsa_max_i64(longest, lsa_docs_at(d->in.docs, i)->n_token);
+    const int64_t room = LSA_DUMP_IN_FLIGHT + lsa_dump_flight_bytes(&d->in.load, longest);
     LSA_TRY(lsa_gpu_run_times(d->reader.gpu, &d->before, err));
-    LSA_TRY(lsa_lane_create(&d->merging, "merging", LSA_DUMP_IN_FLIGHT, merge, drop_flight, d, err));
+    LSA_TRY(lsa_lane_create(&d->merging, "merging", room, merge, drop_flight, d, err));
     for (int64_t i = first, end; i < n; i = end) {
         end = wave_end(d, i, n);
         LSA_TRY(feed(d, i, end, err));
@@ -235,16 +232,19 @@ static lsa_status open_device(dump *d, lsa_dump_plan *plan, lsa_err *err) {
     const int64_t all = plan->host[LSA_HOST_WEIGHTS];
     LSA_TRY(lsa_ctx_create(&d->ctx, d->device, err));
     d->stream = d->o->stream;
+    const bool half = lsa_dump_half_streams(d->o);
     if (lsa_ctx_kind(d->ctx) != LSA_BACKEND_CUDA) {
-        if (d->stream || d->o->wave_tokens)
-            LSA_FAIL(LSA_E_ARG, "--stream and --wave-tokens belong to --device cuda");
+        if (d->stream || d->o->wave_tokens || half || d->o->streams_dir)
+            LSA_FAIL(LSA_E_ARG,
+                     "--stream, --wave-tokens, --streams bf16 and --streams-dir belong to --device cuda");
         goto done;
     }
     lsa_dump_plan_beside(plan, &d->in.load);
     LSA_TRY(lsa_gpu_free_bytes(&room, d->ctx, err));
     d->stream = d->stream || all > room / 5 * 4;
     if (!d->stream) {
-        if (d->o->wave_tokens) LSA_FAIL(LSA_E_ARG, "--wave-tokens belongs to --stream");
+        if (d->o->wave_tokens || half || d->o->streams_dir)
+            LSA_FAIL(LSA_E_ARG, "--wave-tokens, --streams bf16 and --streams-dir belong to --stream");
         goto done;
     }
     lsa_dump_plan_streaming(plan, &d->in.load);
@@ -261,6 +261,7 @@ static lsa_status open_reader(dump *d, int64_t longest, lsa_err *err) {
     lsa_status st = LSA_OK;
     if (lsa_ctx_kind(d->ctx) == LSA_BACKEND_CUDA) {
         LSA_TRY(lsa_gpu_run_create(&d->reader.gpu, d->ctx, d->engine, longest, 0, d->stream, err));
+        lsa_gpu_run_park(d->reader.gpu, lsa_dump_half_streams(d->o), d->o->streams_dir);
     } else {
         const lsa_session_opts so = {.max_tokens = longest, .chunk = LSA_TAP_CHUNK};
         LSA_TRY(lsa_session_create(&d->reader.session, d->engine, &so, err));
@@ -425,7 +426,8 @@ lsa_status lsa_dump_resume(const char *out, const char *device, const lsa_dump_o
         goto done;
     }
     LSA_TRY(lsa_dump_opts_from_json(&o, d.m.run, out, err));
-    o.stream = how->stream, o.wave_tokens = how->wave_tokens, o.host_budget = how->host_budget;
+    o.stream = how->stream, o.streams_dir = how->streams_dir, o.wave_tokens = how->wave_tokens,
+    o.host_budget = how->host_budget;
     LSA_TRY(lsa_dump_inputs_open(&d.in, &o, NULL, err));
     LSA_TRY(lsa_dump_inputs_plan(&plan, &d.in, &o, out, err));
     LSA_TRY(open_device(&d, &plan, err));

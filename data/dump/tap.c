@@ -1,5 +1,6 @@
-/* Taps: callbacks write into slots of their own (layer, position), so worker threads never meet; order is
- * made afterwards.
+/* Taps: callbacks write into slots of their own (layer, position), so worker threads never meet. The slots of
+ * what a layer selected lie where the shard has them: a row selects min(index_topk, visible) entries, so its
+ * place is known before. Votes are bits over them.
  *
  * The mistake that would stay silent: storing hidden vectors of the wrong position (the query of window s is
  * s-1). */
@@ -10,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "data/dump/votes.h"
 #include "data/shard_internal.h"
@@ -27,10 +29,11 @@ typedef struct dense_row {
 } dense_row;
 
 typedef struct layer_slots {
-    int32_t *sel;            /* [n_token, cap] */
+    int32_t *sel;            /* [n_entry]: rows begin at entries_before */
     uint16_t *logit, *mass;  /* same */
     int32_t *n_sel;          /* [n_token] */
-    int32_t *vote, *n_vote;  /* [n_token, pool], [n_token] */
+    int32_t *vote;           /* [n_token, pool] voted chunks, if the pool is not what was selected */
+    uint64_t *voted;         /* [n_token, words] of the row's entries of vote or sel */
     uint16_t *local, *sink;  /* [n_token] */
     uint16_t *hidden;        /* [n_hidden, d] */
     dense_row *dense;        /* [n_dense] */
@@ -40,21 +43,27 @@ typedef struct layer_slots {
 struct lsa_tap_state {
     const lsa_teacher_config *c;
     lsa_dump_rule rule;
-    int64_t n_token, n_hidden, n_dense, cap;
+    int64_t n_token, n_hidden, n_dense, n_entry, words;
     int64_t probe[LSA_MAX_PROBE], probe_at[LSA_MAX_PROBE + 1], n_probe;
     layer_slots layer[LSA_MAX_CSA];
     lsa_gpu_doc gpu; /* keys owned */
     lsa_taps taps;
     atomic_bool failed; /* out of memory inside a callback */
+    atomic_bool sparse; /* a row selected fewer than it could */
 };
 
 /* Not zeroed, for what is written before it is read: the pages then come in by the threads that write. */
+#define HUGE_PAGE (INT64_C(2) << 20)
 static lsa_status blank(void **out, int64_t n, size_t size, lsa_err *err) {
     int64_t bytes = 0;
     *out = NULL;
     if (n <= 0) return LSA_OK;
-    if (lsa_mul_i64(n, (int64_t)size, &bytes) && bytes <= INT64_MAX - 64)
-        *out = aligned_alloc(64, (size_t)lsa_align_up(bytes, 64));
+    if (lsa_mul_i64(n, (int64_t)size, &bytes) && bytes <= INT64_MAX - HUGE_PAGE) {
+        const int64_t unit = bytes >= 4 * HUGE_PAGE ? HUGE_PAGE : 64;
+        *out = aligned_alloc((size_t)unit, (size_t)lsa_align_up(bytes, unit));
+        /* advice, for fewer page faults */
+        if (*out && unit > 64) (void)madvise(*out, (size_t)lsa_align_up(bytes, unit), MADV_HUGEPAGE);
+    }
     if (!*out)
         LSA_RET_FAIL(LSA_E_NOMEM, "statistics of a document: %lld elements of %zu bytes refused",
                      (long long)n, size);
@@ -86,13 +95,41 @@ static void take_dense(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
     r->rest = lsa_f32_to_f16((float)rest);
 }
 
+/* The first `rows` rows select so many, each as many as it can. */
+static int64_t entries_before(const lsa_tap_state *t, int64_t rows) {
+    const int64_t k = t->c->index_topk, whole = rows / LSA_CHUNK - 1, m = lsa_min_i64(whole, k);
+    if (whole < 0) return 0;
+    return LSA_CHUNK * (m * (m + 1) / 2 + (whole - m) * k) +
+           (rows % LSA_CHUNK + 1) * lsa_min_i64(k, whole + 1);
+}
+
+static bool pool_is_selected(const lsa_tap_state *t) {
+    return t->rule.pool == t->c->index_topk;
+}
+
+/* The candidates that voted bits stand for. */
+static const int32_t *candidates(const lsa_tap_state *t, const layer_slots *l, int64_t row) {
+    return pool_is_selected(t) ? l->sel + entries_before(t, row) : l->vote + row * t->rule.pool;
+}
+
+static void set_bit(uint64_t *bits, int64_t i) {
+    bits[i / 64] |= UINT64_C(1) << i % 64;
+}
+
 static void take_votes(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
     const int32_t pool = t->rule.pool;
-    int32_t *out = l->vote + a->position * pool;
-    if (pool == t->c->index_topk) { /* the selection is the pool */
-        l->n_vote[a->position] = lsa_votes(a->sel, a->n_sel, a->sel_logit, t->rule.top_p, out);
+    uint64_t *const bits = l->voted + a->position * t->words;
+    memset(bits, 0, (size_t)t->words * sizeof *bits);
+    if (pool_is_selected(t)) {
+        int32_t out[LSA_MAX_POOL];
+        const int32_t n = lsa_votes(a->sel, a->n_sel, a->sel_logit, t->rule.top_p, out);
+        for (int32_t i = 0, k = 0; i < n; i++, k++) { /* both ascend */
+            while (a->sel[k] != out[i]) k++;
+            set_bit(bits, k);
+        }
         return;
     }
+    int32_t *out = l->vote + a->position * pool;
     float *scratch = NULL;
     int32_t *sel = NULL;
     if (LSA_NEW(scratch, a->n_visible, NULL) != LSA_OK || LSA_NEW(sel, a->n_visible, NULL) != LSA_OK) {
@@ -100,7 +137,8 @@ static void take_votes(lsa_tap_state *t, layer_slots *l, const lsa_tap_csa *a) {
     } else if (a->n_visible) {
         int64_t n = lsa_topk(a->logit, a->n_visible, pool, NULL, 0, scratch, sel);
         for (int64_t i = 0; i < n; i++) scratch[i] = a->logit[sel[i]];
-        l->n_vote[a->position] = lsa_votes(sel, (int32_t)n, scratch, t->rule.top_p, out);
+        n = lsa_votes(sel, (int32_t)n, scratch, t->rule.top_p, out);
+        for (int64_t i = 0; i < n; i++) set_bit(bits, i);
     }
     lsa_free(scratch);
     lsa_free(sel);
@@ -110,13 +148,15 @@ static void on_csa(void *user, const lsa_tap_csa *a) {
     lsa_tap_state *t = user;
     layer_slots *l = &t->layer[a->ord.v];
     const int64_t p = a->position, d = t->c->hidden;
+    const int64_t at = entries_before(t, p);
     take_votes(t, l, a);
+    if (l->sel && a->n_sel) memcpy(l->sel + at, a->sel, (size_t)a->n_sel * sizeof *a->sel);
     if (t->rule.stats) {
         l->n_sel[p] = a->n_sel;
+        if (at + a->n_sel != entries_before(t, p + 1)) atomic_store(&t->sparse, true);
         for (int32_t i = 0; i < a->n_sel; i++) {
-            l->sel[p * t->cap + i] = a->sel[i];
-            l->logit[p * t->cap + i] = lsa_f32_to_f16(a->sel_logit[i]);
-            l->mass[p * t->cap + i] = lsa_f32_to_f16(a->mass[i]);
+            l->logit[at + i] = lsa_f32_to_f16(a->sel_logit[i]);
+            l->mass[at + i] = lsa_f32_to_f16(a->mass[i]);
         }
         l->local[p] = lsa_f32_to_f16(a->window_mass);
         l->sink[p] = lsa_f32_to_f16(a->sink_mass);
@@ -155,7 +195,8 @@ lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const
     t->n_token = n_token;
     t->n_hidden = n_token / rule->hidden_stride;
     t->n_dense = rule->dense_every ? n_token / rule->dense_every : 0;
-    t->cap = lsa_min_i64(c->index_topk, n_token / LSA_CHUNK + 1);
+    t->n_entry = entries_before(t, n_token);
+    t->words = lsa_ceil_div(rule->pool, 64);
     if (probe && c->index_head_dim == 128) {
         t->probe[0] = n_token / 2;
         t->probe[1] = n_token - 1;
@@ -165,12 +206,12 @@ lsa_status lsa_tap_begin(lsa_tap_state **out, const lsa_teacher_config *c, const
     }
     for (int32_t o = 0; o < c->n_csa; o++) {
         layer_slots *l = &t->layer[o];
-        LSA_TRY(BLANK(l->vote, n_token * rule->pool, err));
-        LSA_TRY(LSA_NEW(l->n_vote, n_token, err));
+        LSA_TRY(BLANK(l->voted, n_token * t->words, err));
+        if (!pool_is_selected(t)) LSA_TRY(BLANK(l->vote, n_token * rule->pool, err));
+        if (rule->stats || pool_is_selected(t)) LSA_TRY(BLANK(l->sel, t->n_entry, err));
         if (rule->stats) {
-            LSA_TRY(BLANK(l->sel, n_token * t->cap, err));
-            LSA_TRY(BLANK(l->logit, n_token * t->cap, err));
-            LSA_TRY(BLANK(l->mass, n_token * t->cap, err));
+            LSA_TRY(BLANK(l->logit, t->n_entry, err));
+            LSA_TRY(BLANK(l->mass, t->n_entry, err));
             LSA_TRY(LSA_NEW(l->n_sel, n_token, err));
             LSA_TRY(LSA_NEW(l->local, n_token, err));
             LSA_TRY(LSA_NEW(l->sink, n_token, err));
@@ -197,40 +238,51 @@ void lsa_tap_end(lsa_tap_state *t) {
             lsa_free(l->dense[i].chunk);
             lsa_free(l->dense[i].mass);
         }
-        void *p[] = {l->sel,  l->logit,  l->mass,  l->n_sel, l->vote, l->n_vote, l->local,
+        void *p[] = {l->sel,  l->logit,  l->mass,  l->n_sel, l->vote, l->voted,  l->local,
                      l->sink, l->hidden, l->dense, l->iq,    l->iw,   l->plogit, t->gpu.key[o]};
         for (size_t i = 0; i < sizeof p / sizeof *p; i++) lsa_free(p[i]);
     }
     lsa_free(t);
 }
 
+/* The first voted entry from `at` on; 64 * words: none. */
+static int64_t next_vote(const lsa_tap_state *t, const uint64_t *bits, int64_t at) {
+    for (int64_t w = at / 64; w < t->words; w++) {
+        const uint64_t left = w == at / 64 ? bits[w] >> at % 64 << at % 64 : bits[w];
+        if (left) return 64 * w + __builtin_ctzll(left);
+    }
+    return 64 * t->words;
+}
+
 /* Votes of all layers of one row, merged: chunk ascending with its number of votes. Returns the count. */
 static int64_t merge_votes(const lsa_tap_state *t, int64_t row, int32_t *chunk, uint8_t *votes) {
-    int32_t at[LSA_MAX_CSA] = {0};
-    int64_t n = 0;
-    for (;;) {
+    const int32_t *of[LSA_MAX_CSA];
+    const uint64_t *bits[LSA_MAX_CSA];
+    int64_t at[LSA_MAX_CSA], n = 0;
+    int32_t head[LSA_MAX_CSA]; /* each layer's next chunk */
+    const int64_t end = 64 * t->words;
+    for (int32_t o = 0; o < t->c->n_csa; o++) {
+        of[o] = candidates(t, &t->layer[o], row);
+        bits[o] = t->layer[o].voted + row * t->words;
+        at[o] = next_vote(t, bits[o], 0);
+        head[o] = at[o] < end ? of[o][at[o]] : INT32_MAX;
+    }
+    for (;; n++) {
         int32_t best = INT32_MAX;
-        for (int32_t o = 0; o < t->c->n_csa; o++) {
-            const layer_slots *l = &t->layer[o];
-            if (at[o] < l->n_vote[row]) {
-                int32_t c = l->vote[row * t->rule.pool + at[o]];
-                if (c < best) best = c;
-            }
-        }
+        for (int32_t o = 0; o < t->c->n_csa; o++)
+            if (head[o] < best) best = head[o];
         if (best == INT32_MAX) return n;
         uint8_t v = 0;
         for (int32_t o = 0; o < t->c->n_csa; o++) {
-            const layer_slots *l = &t->layer[o];
-            if (at[o] < l->n_vote[row] && l->vote[row * t->rule.pool + at[o]] == best) {
-                at[o]++;
-                v++;
-            }
+            if (head[o] != best) continue;
+            v++;
+            at[o] = at[o] + 1 < end ? next_vote(t, bits[o], at[o] + 1) : end;
+            head[o] = at[o] < end ? of[o][at[o]] : INT32_MAX;
         }
         if (chunk) {
             chunk[n] = best;
             votes[n] = v;
         }
-        n++;
     }
 }
 
@@ -252,23 +304,30 @@ done:
     return st;
 }
 
-static lsa_status make_stats(lsa_csr *c, const lsa_tap_state *t, const layer_slots *l, lsa_err *err) {
+#define TAKE(dst, src) ((dst) = (src), (src) = NULL)
+
+/* The slots, as they are. After make_labels, which reads them. */
+static lsa_status make_stats(lsa_csr *c, const lsa_tap_state *t, layer_slots *l, lsa_err *err) {
     lsa_status st = LSA_OK;
+    const bool sparse = atomic_load(&t->sparse);
     c->n_row = t->n_token;
-    LSA_TRY(LSA_NEW(c->begin, t->n_token + 1, err));
-    for (int64_t r = 0; r < t->n_token; r++) c->begin[r + 1] = c->begin[r] + l->n_sel[r];
-    c->n_entry = c->begin[t->n_token];
-    LSA_TRY(BLANK(c->chunk, c->n_entry, err));
-    LSA_TRY(BLANK(c->logit, c->n_entry, err));
-    LSA_TRY(BLANK(c->mass, c->n_entry, err));
+    LSA_TRY(BLANK(c->begin, t->n_token + 1, err));
+    c->begin[0] = 0;
 #pragma omp parallel for
-    for (int64_t r = 0; r < t->n_token; r++) {
+    for (int64_t r = 1; r <= t->n_token; r++) c->begin[r] = entries_before(t, r);
+    for (int64_t r = 0; sparse && r < t->n_token; r++) { /* closed up */
+        const int64_t from = entries_before(t, r), to = c->begin[r];
         const size_t n = (size_t)l->n_sel[r];
-        if (n == 0) continue;
-        memcpy(c->chunk + c->begin[r], l->sel + r * t->cap, n * sizeof(int32_t));
-        memcpy(c->logit + c->begin[r], l->logit + r * t->cap, n * sizeof(uint16_t));
-        memcpy(c->mass + c->begin[r], l->mass + r * t->cap, n * sizeof(uint16_t));
+        c->begin[r + 1] = to + (int64_t)n;
+        if (n == 0 || from == to) continue;
+        memmove(l->sel + to, l->sel + from, n * sizeof *l->sel);
+        memmove(l->logit + to, l->logit + from, n * sizeof *l->logit);
+        memmove(l->mass + to, l->mass + from, n * sizeof *l->mass);
     }
+    c->n_entry = c->begin[t->n_token];
+    TAKE(c->chunk, l->sel);
+    TAKE(c->logit, l->logit);
+    TAKE(c->mass, l->mass);
 done:
     return st;
 }
@@ -296,13 +355,16 @@ done:
     return st;
 }
 
+#define FEW 65536 /* not worth threads */
 static bool bf16_finite(const uint16_t *x, int64_t n) {
-    bool bad = false;
+    int bad = 0;
+#pragma omp parallel for reduction(| : bad) if (n > FEW)
     for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7f80u) == 0x7f80u;
     return !bad;
 }
 static bool f16_finite(const uint16_t *x, int64_t n) {
-    bool bad = false;
+    int bad = 0;
+#pragma omp parallel for reduction(| : bad) if (n > FEW)
     for (int64_t i = 0; i < n; i++) bad |= (x[i] & 0x7c00u) == 0x7c00u;
     return !bad;
 }
@@ -332,8 +394,6 @@ static lsa_status check_finite(const lsa_doc_stats *x, const lsa_tap_state *t, l
     }
     return LSA_OK;
 }
-
-#define TAKE(dst, src) ((dst) = (src), (src) = NULL)
 
 lsa_status lsa_tap_finish(lsa_doc_stats *out, lsa_tap_state *t, const lsa_session *s, const lsa_doc *doc,
                           lsa_err *err) {

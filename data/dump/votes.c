@@ -8,8 +8,7 @@
 
 #include "kernels/core/dtype.h"
 
-#define MAX_POOL 4096
-#define RUN      8
+#define RUN 8
 
 /* Ascending, all different. */
 static void sort_words(uint64_t *a, uint64_t *other, int32_t n) {
@@ -46,10 +45,10 @@ static uint64_t rank_of(float logit, int32_t i) {
 }
 
 int32_t lsa_votes(const int32_t *pool, int32_t n, const float *logit, double top_p, int32_t *out) {
-    uint64_t r[MAX_POOL], other[MAX_POOL];
-    double p[MAX_POOL], z = 0, run = 0;
-    bool voted[MAX_POOL];
-    if (n > MAX_POOL) n = MAX_POOL;
+    uint64_t r[LSA_MAX_POOL], other[LSA_MAX_POOL];
+    double p[LSA_MAX_POOL], z = 0, run = 0;
+    bool voted[LSA_MAX_POOL];
+    if (n > LSA_MAX_POOL) n = LSA_MAX_POOL;
     if (n <= 0) return 0;
     for (int32_t i = 0; i < n; i++) r[i] = rank_of(logit[i], i);
     sort_words(r, other, n);

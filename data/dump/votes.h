@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#define LSA_MAX_POOL 4096
+
 /* pool[n]: chunk ids ascending, logit[n]: their native logits. Writes the voted chunks, ascending, to out;
  * returns how many. */
 int32_t lsa_votes(const int32_t *pool, int32_t n, const float *logit, double top_p, int32_t *out);

@@ -45,7 +45,7 @@ lsa_emulated(update INCLUDES step/update.cu)
 lsa_emulated(eval INCLUDES step/eval.cu)
 lsa_emulated(index INCLUDES teacher/select.cu)
 set(teacher teacher/streams.cu teacher/project.cu teacher/select.cu teacher/attend.cu teacher/moe.cu teacher/slots.cu teacher/marks.cu
-    teacher/weights.cu teacher/teacher.cu)
+    teacher/weights.cu teacher/parked.cu teacher/teacher.cu)
 set(session ${teacher} decode/memory.cu decode/select.cu decode/pages.cu decode/session.cu)
 lsa_emulated(bf16 SOURCES teacher/bf16_attend.cu teacher/bf16_streams.cu teacher/bf16_project.cu teacher/bf16_moe.cu
              teacher/bf16_layer.cu teacher/select.cu)

@@ -65,6 +65,20 @@ lsa_status lsa_pread_all(int fd, void *dst, size_t n_bytes, int64_t offset, cons
     return LSA_OK;
 }
 
+lsa_status lsa_pwrite_all(int fd, const void *src, size_t n_bytes, int64_t offset, const char *what,
+                          lsa_err *err) {
+    const char *p = src;
+    while (n_bytes) {
+        const ssize_t n = pwrite(fd, p, n_bytes, (off_t)offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) LSA_RET_FAIL(lsa_status_from_errno(errno), "cannot write '%s': %s", what, strerror(errno));
+        p += n;
+        offset += n;
+        n_bytes -= (size_t)n;
+    }
+    return LSA_OK;
+}
+
 lsa_status lsa_read_file(char **out, size_t *n_bytes, const char *path, lsa_err *err) {
     lsa_status st = LSA_OK;
     int fd = -1;

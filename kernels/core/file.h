@@ -57,6 +57,10 @@ LSA_NODISCARD lsa_status lsa_disk_free(int64_t *out, const char *path, lsa_err *
 LSA_NODISCARD lsa_status lsa_pread_all(int fd, void *dst, size_t n_bytes, int64_t offset, const char *what,
                                        lsa_err *err);
 
+/* pwrite of everything; the status tells a full disk from other failures. */
+LSA_NODISCARD lsa_status lsa_pwrite_all(int fd, const void *src, size_t n_bytes, int64_t offset,
+                                        const char *what, lsa_err *err);
+
 /* Read-only map of a whole file. An empty file gives data = NULL, n_bytes = 0. */
 typedef struct lsa_map {
     const unsigned char *data;

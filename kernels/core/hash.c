@@ -11,6 +11,9 @@
 #include <xxhash.h>
 #include <zlib.h>
 
+#include "kernels/core/file.h"
+#include "kernels/core/num.h"
+
 uint64_t lsa_xxh64(const void *data, size_t n_bytes) {
     return XXH64(data, n_bytes, 0);
 }
@@ -19,14 +22,39 @@ uint32_t lsa_crc32(uint32_t crc, const void *data, size_t n_bytes) {
     return (uint32_t)crc32_z(crc, data, n_bytes);
 }
 
+uint64_t lsa_xxh64_pieces(const lsa_piece *piece, int64_t n) {
+    XXH64_state_t s;
+    XXH64_reset(&s, 0);
+    for (int64_t i = 0; i < n; i++)
+        if (piece[i].n_bytes) XXH64_update(&s, piece[i].data, (size_t)piece[i].n_bytes);
+    return XXH64_digest(&s);
+}
+
+/* Small enough to stay in a core's cache between the copy and the hash. */
+static _Thread_local unsigned char g_block[1 << 18];
+
+lsa_status lsa_xxh64_range(uint64_t *out, int fd, int64_t offset, int64_t n_bytes, const char *what,
+                           lsa_err *err) {
+    XXH64_state_t s;
+    XXH64_reset(&s, 0);
+    *out = 0;
+    for (int64_t n; n_bytes > 0; offset += n, n_bytes -= n) {
+        n = lsa_min_i64(n_bytes, sizeof g_block);
+        const lsa_status st = lsa_pread_all(fd, g_block, (size_t)n, offset, what, err);
+        if (st != LSA_OK) return st;
+        XXH64_update(&s, g_block, (size_t)n);
+    }
+    *out = XXH64_digest(&s);
+    return LSA_OK;
+}
+
 /* Calls update(state, block) over a whole file. */
 static lsa_status each_block(const char *path, void (*update)(void *, const void *, size_t), void *state,
                              lsa_err *err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) LSA_RET_FAIL(LSA_E_IO, "cannot open '%s': %s", path, strerror(errno));
-    static _Thread_local unsigned char buf[1 << 18];
     for (;;) {
-        ssize_t n = read(fd, buf, sizeof buf);
+        ssize_t n = read(fd, g_block, sizeof g_block);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) {
             lsa_status st =
@@ -35,7 +63,7 @@ static lsa_status each_block(const char *path, void (*update)(void *, const void
             return st;
         }
         if (n == 0) break;
-        update(state, buf, (size_t)n);
+        update(state, g_block, (size_t)n);
     }
     close(fd);
     return LSA_OK;

@@ -9,6 +9,15 @@
 #include "kernels/core/lsa_status.h"
 
 uint64_t lsa_xxh64(const void *data, size_t n_bytes);
+/* Of pieces laid end to end. */
+typedef struct lsa_piece {
+    const void *data;
+    int64_t n_bytes;
+} lsa_piece;
+uint64_t lsa_xxh64_pieces(const lsa_piece *piece, int64_t n);
+/* Of n_bytes of an open file from `offset` on; `what` names it. LSA_E_FORMAT if they are not all there. */
+LSA_NODISCARD lsa_status lsa_xxh64_range(uint64_t *out, int fd, int64_t offset, int64_t n_bytes,
+                                         const char *what, lsa_err *err);
 /* Whole file; LSA_E_IO names the path. */
 LSA_NODISCARD lsa_status lsa_xxh64_file(uint64_t *out, const char *path, lsa_err *err);
 /* CRC-32 as of zip and PNG; `crc` is 0 or that of the bytes before. */

@@ -91,12 +91,8 @@ lsa_status lsa_gpu_pin(void **out, int64_t bytes, lsa_err *err) {
 void lsa_gpu_unpin(void *p) {
     (void)p;
 }
-lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err) {
-    (void)t, (void)streams;
-    NO_CUDA;
-}
-lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err) {
-    (void)t, (void)streams;
+lsa_status lsa_gpu_teacher_turn(lsa_gpu_teacher *t, lsa_err *err) {
+    (void)t;
     NO_CUDA;
 }
 lsa_status lsa_gpu_free_bytes(int64_t *out, lsa_ctx *ctx, lsa_err *err) {

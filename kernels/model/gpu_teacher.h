@@ -95,14 +95,16 @@ LSA_NODISCARD lsa_status lsa_gpu_weights_end(lsa_gpu_weights *w, int i, lsa_err 
 LSA_NODISCARD lsa_status lsa_gpu_layer_borrow(lsa_gpu_layer **out, lsa_gpu_teacher *t,
                                               const lsa_gpu_layer_weights *w, lsa_err *err);
 LSA_NODISCARD lsa_status lsa_gpu_free_bytes(int64_t *out, lsa_ctx *ctx, lsa_err *err);
-/* Pinned host memory, and a document's streams [n, streams, d] to and from it, in the order of the launches:
- * load after begin. */
+/* Pinned host memory. */
 LSA_NODISCARD lsa_status lsa_gpu_pin(void **out, int64_t bytes, lsa_err *err);
 void lsa_gpu_unpin(void *p);
-LSA_NODISCARD lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err);
-LSA_NODISCARD lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err);
+/* What documents parked before this call may be loaded by those that begin after it: between two layers. */
+LSA_NODISCARD lsa_status lsa_gpu_teacher_turn(lsa_gpu_teacher *t, lsa_err *err);
 
-/* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary. probe [n_probe],
+/* A document begins: its streams are the embeddings of token [n], ids inside the vocabulary, or what it
+ * parked after the layer before (from, pinned [n, streams, d]); with `to` (may be from) they are parked after
+ * the layer that follows; both are copied while others are computed and must stay until the teacher is
+ * destroyed or lsa_ctx_sync was called after a later layer. half: parked as bf16, else f32. probe [n_probe],
  * ascending, at most LSA_GPU_MAX_PROBE: positions whose whole rows of native logits are wanted. hidden_stride
  * > 0: hidden vectors of positions with (position + 1) mod hidden_stride = 0 are wanted; dense_every > 0: the
  * dense mass (notes 15.1) of such positions. */
@@ -113,6 +115,9 @@ typedef struct lsa_gpu_teacher_doc {
     const int64_t *probe;
     int32_t n_probe;
     int64_t hidden_stride, dense_every;
+    const void *from; /* or NULL */
+    void *to;         /* or NULL */
+    bool half;
 } lsa_gpu_teacher_doc;
 LSA_NODISCARD lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const lsa_gpu_teacher_doc *doc,
                                                lsa_err *err);

@@ -29,6 +29,7 @@ def lines(name, docs):
         for d in docs:
             print(json.dumps({"tokens": d}), file=f)
 lines("good", [ids[i * 600 : i * 600 + 500] for i in range(4)])
+lines("long", [ids[:2100]])
 lines("empty", [ids[:100], []])
 lines("short", [ids[:40]])
 lines("high", [ids[:10] + [4096]])
@@ -126,6 +127,11 @@ for at in 0 9 2000 $((size / 4)) $((size / 2)) $((size * 3 / 4)) $((size - 1)); 
     flip "$work/h/$name" "$at"
     expect 3 "$name" "$bin/lsa-dump" verify "$work/h"
 done
+# native logits from stored keys, where there is something to choose from
+expect 0 "" "$bin/lsa-dump" run --teacher $teacher --tokens "$work/long.jsonl" --out "$work/long"
+expect 0 "rows with more than 256 visible chunks: r at least 0.999" "$bin/lsa-dump" verify "$work/long"
+expect 2 "--streams must be f32 or bf16" "$bin/lsa-dump" run --teacher $teacher --tokens "$work/long.jsonl" --out "$work/x" --streams f16
+expect 2 "belong to --device cuda" "$bin/lsa-dump" run --teacher $teacher --tokens "$work/long.jsonl" --out "$work/x" --streams bf16
 hurt
 sed -i 's/"format": *"lsa-shard\/1"/"format": "lsa-shard\/9"/' "$work/h/manifest.json"
 expect 3 "lsa-shard/9" "$bin/lsa-dump" verify "$work/h"

@@ -12,6 +12,12 @@ for wave in 1 20000 100000000; do
     run --out "$work/$wave" --stream --wave-tokens "$wave"
     for shard in "$work"/resident/shard_*.h5; do cmp "$shard" "$work/$wave/$(basename "$shard")"; done
 done
+# the same through a file, and rounded to bf16 between layers: other numbers, the same ones in waves of any size
+run --out "$work/disk" --stream --wave-tokens 20000 --streams-dir "$work"
+for shard in "$work"/resident/shard_*.h5; do cmp "$shard" "$work/disk/$(basename "$shard")"; done
+for wave in 1 20000; do run --out "$work/half$wave" --stream --wave-tokens "$wave" --streams bf16; done
+for shard in "$work"/half1/shard_*.h5; do cmp "$shard" "$work/half20000/$(basename "$shard")"; done
+! cmp -s "$work/resident/shard_00000.h5" "$work/half1/shard_00000.h5" || { echo "bf16 streams changed nothing"; exit 1; }
 # a long document: its tokens are those of the text, repeated
 "$python" - recipes/mini/val.u16 "$work/long.u16" <<'PY'
 import array, sys

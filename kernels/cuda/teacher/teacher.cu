@@ -53,7 +53,9 @@ static lsa_status allocate(lsa_gpu_teacher *t, lsa_err *err) {
     t->nx = g->q_rank + D + 4 * D + 4 * Di + Hi;
     t->top = g->index_topk;
     NEW(t->token, T);
-    NEW(t->X, T * g->hc_mult * d);
+    t->n_slot = T ? (T + m - 1) / m + 1 : 0;
+    NEW(t->ring, t->n_slot * m * g->hc_mult * d);
+    t->X = t->ring;
     NEW(t->win, T * D);
     NEW(t->proj, T * 4 * D);
     NEW(t->iproj, T * 4 * Di);
@@ -133,11 +135,12 @@ extern "C" void lsa_gpu_teacher_destroy(lsa_gpu_teacher *t) {
     const lsa_gpu_teacher_tables *const w = &t->table;
     const void *const table[] = {w->freq_main, w->freq_comp, w->embed,     w->head,
                                  w->norm,      w->head_fn,   w->head_base, w->head_scale};
-    void *const p[] = {t->token, t->X,      t->win,       t->proj,  t->iproj, t->row,     t->key,
+    void *const p[] = {t->token, t->ring,   t->win,       t->proj,  t->iproj, t->row,     t->key,
                        t->z,     t->coef,   t->x,         t->xp,    t->qr,    t->qq,      t->q,
                        t->iq,    t->iw,     t->o,         t->og,    t->o2,    t->y,       t->logit,
                        t->route, t->weight, t->expert,    t->place, t->begin, t->list,    t->act,
                        t->ye,    t->h13,    t->candidate, t->key16, t->iq16,  t->key_most};
+    teacher_park_destroy(t);
     teacher_slots_destroy(t);
     teacher_marks_destroy(t);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
@@ -225,7 +228,8 @@ extern "C" lsa_status lsa_gpu_teacher_begin(lsa_gpu_teacher *t, const lsa_gpu_te
     LSA_TRY(teacher_slots_room(t, err));
     t->n = n;
     LSA_TRY(lsa_ctx_upload(t->ctx, t->token, doc->token, (size_t)n * sizeof *doc->token, err));
-    LSA_TRY(teacher_embed(t, err));
+    LSA_TRY(teacher_park_begin(t, doc, err));
+    if (!doc->from) LSA_TRY(teacher_embed(t, err));
 done:
     return st;
 }
@@ -237,6 +241,7 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
     const bool csa = w->roles == 2, tell = csa && tap;
     if (csa) LSA_TRY(teacher_slot_take(t, p, m, tap, user, err)); /* room for the selection at least */
     LSA_TRY(teacher_marks_begin(t, err));
+    LSA_TRY(teacher_park_wait(t, p, err));
     LSA_TRY(teacher_collapse(t, p, m, w->attn_fn, w->attn_base, w->attn_scale, w->attn_norm, err));
     LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
     if (tell) LSA_TRY(teacher_slot_hidden(t, err));
@@ -263,6 +268,7 @@ static lsa_status chunk_through(lsa_gpu_teacher *t, const lsa_gpu_layer *l, int6
     LSA_TRY(teacher_mark(t, LSA_GPU_MOE, err));
     LSA_TRY(teacher_expand(t, p, m, err));
     LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
+    LSA_TRY(teacher_park_leave(t, p, err));
 done:
     return st;
 }

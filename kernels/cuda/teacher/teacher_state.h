@@ -59,7 +59,13 @@ struct lsa_gpu_teacher {
     int64_t nz, HD, ID, nx, top;  /* nx: rows of wx there is room for; top: top-k */
     lsa_gpu_teacher_tables table; /* on the device */
     int32_t *token;
-    float *X; /* [T, s, d] */
+    float *ring;               /* [n_slot * chunk, s, d] */
+    float *X;                  /* [n, s, d], the document's part of it */
+    int64_t n_slot;            /* a chunk more than the longest document has */
+    struct teacher_park *park; /* or NULL: no document was parked yet (parked.cu) */
+    const void *parked_from;   /* of the document */
+    void *parked_to;
+    bool parked_half;
     /* of the layer in work, whole document */
     float *win, *proj, *iproj; /* [T, D] [T, 2 roles D] [T, 4 Di] */
     float *row, *key;          /* [T/ratio, D] [T/4, Di] */
@@ -132,6 +138,13 @@ lsa_status teacher_slot_take(lsa_gpu_teacher *t, int64_t p, int64_t m, lsa_gpu_c
 lsa_status teacher_slot_hidden(lsa_gpu_teacher *t, lsa_err *err);
 lsa_status teacher_slot_send(lsa_gpu_teacher *t, const lsa_gpu_layer *l, lsa_err *err);
 lsa_status teacher_slots_deliver(lsa_gpu_teacher *t, lsa_err *err);
+
+/* Documents that come and go between two layers (parked.cu). begin: t->X, and the copies into it are queued;
+ * wait: before the chunk at p is computed; leave: after it. */
+lsa_status teacher_park_begin(lsa_gpu_teacher *t, const lsa_gpu_teacher_doc *doc, lsa_err *err);
+lsa_status teacher_park_wait(lsa_gpu_teacher *t, int64_t p, lsa_err *err);
+lsa_status teacher_park_leave(lsa_gpu_teacher *t, int64_t p, lsa_err *err);
+void teacher_park_destroy(lsa_gpu_teacher *t);
 
 /* Times (marks.cu). begin: of a chunk; mark: `stage` ended here; collect: all that are known into seconds. */
 lsa_status teacher_marks_create(lsa_gpu_teacher *t, lsa_err *err);

@@ -191,41 +191,9 @@ extern "C" lsa_status lsa_gpu_layer_borrow(lsa_gpu_layer **out, lsa_gpu_teacher 
     return LSA_OK;
 }
 
-/* ---- streams of a document between two layers ---- */
-
 extern "C" lsa_status lsa_gpu_free_bytes(int64_t *out, lsa_ctx *, lsa_err *err) {
     size_t left = 0, all = 0;
     LSA_CUDA(cudaMemGetInfo(&left, &all));
     *out = (int64_t)left;
     return LSA_OK;
-}
-
-extern "C" lsa_status lsa_gpu_pin(void **out, int64_t bytes, lsa_err *err) {
-    *out = NULL;
-    LSA_CUDA(cudaHostAlloc(out, (size_t)bytes, cudaHostAllocDefault));
-    return LSA_OK;
-}
-extern "C" void lsa_gpu_unpin(void *p) {
-    cudaFreeHost(p);
-}
-
-static size_t stream_bytes(const lsa_gpu_teacher *t) {
-    return (size_t)(t->n * t->g.hc_mult * t->g.hidden) * sizeof(float);
-}
-
-static lsa_status move(lsa_gpu_teacher *t, void *to, const void *from, cudaMemcpyKind way, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    LSA_TRY(teacher_marks_begin(t, err));
-    LSA_CUDA(cudaMemcpyAsync(to, from, stream_bytes(t), way, t->cs->stream));
-    LSA_TRY(teacher_mark(t, LSA_GPU_STREAMS, err));
-done:
-    return st;
-}
-
-extern "C" lsa_status lsa_gpu_teacher_save(lsa_gpu_teacher *t, float *streams, lsa_err *err) {
-    return move(t, streams, t->X, cudaMemcpyDeviceToHost, err);
-}
-
-extern "C" lsa_status lsa_gpu_teacher_load(lsa_gpu_teacher *t, const float *streams, lsa_err *err) {
-    return move(t, t->X, streams, cudaMemcpyHostToDevice, err);
 }
