@@ -157,17 +157,28 @@ static __global__ void __launch_bounds__(THREADS) attend_k(const __grid_constant
     serve_wait();
     const int n = a.n_window + (a.n_sel ? a.n_sel[i] : a.n_row), tiles = (n + ATTEND_ROWS - 1) / ATTEND_ROWS,
               each = (tiles + a.splits - 1) / a.splits, first = split * each, last = min(first + each, tiles);
-    for (int k = tid; k < ATTEND_HEADS * D; k += THREADS) {
-        const int h = k / D, c = k % D;
-        q[h * at::q_ld + c] = __float2half(h0 + h < a.H ? a.q[(i * a.H + h0 + h) * D + c] : 0.0f);
+    enum {
+        FOURS = ATTEND_HEADS * D / 4 / THREADS
+    }; /* of a thread: asked for together, since each waits for memory */
+    float4 ask[FOURS];
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        const int h = (tid + k * THREADS) / (D / 4), c = (tid + k * THREADS) % (D / 4);
+        ask[k] = h0 + h < a.H ? ((const float4 *)(a.q + (i * a.H + h0 + h) * D))[c] : make_float4(0, 0, 0, 0);
+    }
+    if (tid < ATTEND_ROWS) row[tid] = entry_at<D>(a, i, first * ATTEND_ROWS + tid, n);
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        const int h = (tid + k * THREADS) / (D / 4), c = (tid + k * THREADS) % (D / 4);
+        *(uint2 *)(q + h * at::q_ld + 4 * c) = make_uint2(half2_bits(__floats2half2_rn(ask[k].x, ask[k].y)),
+                                                          half2_bits(__floats2half2_rn(ask[k].z, ask[k].w)));
     }
     float acc[GROUPS][4][4] = {}, most = -INFINITY, sum = 0; /* most, sum: of head tid / 16 */
     for (int k = first; k < last; k++) {
-        __syncthreads(); /* the tile before is no longer read */
-        if (tid < ATTEND_ROWS) row[tid] = entry_at<D>(a, i, k * ATTEND_ROWS + tid, n);
-        __syncthreads();
+        __syncthreads(); /* the rows are known, and the tile before is no longer read */
         decode_tile<D>(tile, row);
         __syncthreads();
+        if (tid < ATTEND_ROWS) row[tid] = entry_at<D>(a, i, (k + 1) * ATTEND_ROWS + tid, n);
         first_product<D>(tile, q, s);
         __syncthreads();
         {
@@ -247,29 +258,38 @@ static __global__ void __launch_bounds__(THREADS) attend_k(const __grid_constant
     __threadfence();
     if (tid == 0) a.ticket[i * gridDim.y + blockIdx.y] = 0;
     const int parts = min(a.splits, (tiles + each - 1) / max(each, 1));
+    float *const stats = (float *)base; /* the tile's place */
+    for (int k = tid; k < parts * 2 * ATTEND_HEADS; k += THREADS) stats[k] = __ldcg(stat + k);
+    __syncthreads();
     if (tid < ATTEND_HEADS) {
         const float sink = h0 + tid < a.H ? a.sink[h0 + tid] : 0.0f;
         float top = sink;
-        for (int k = 0; k < parts; k++) top = fmaxf(top, __ldcg(stat + k * 2 * ATTEND_HEADS + tid));
+        for (int k = 0; k < parts; k++) top = fmaxf(top, stats[k * 2 * ATTEND_HEADS + tid]);
         float z = __expf(sink - top);
         for (int k = 0; k < parts; k++) {
-            weight[tid][k] = __expf(__ldcg(stat + k * 2 * ATTEND_HEADS + tid) - top);
-            z += weight[tid][k] * __ldcg(stat + k * 2 * ATTEND_HEADS + ATTEND_HEADS + tid);
+            weight[tid][k] = __expf(stats[k * 2 * ATTEND_HEADS + tid] - top);
+            z += weight[tid][k] * stats[k * 2 * ATTEND_HEADS + ATTEND_HEADS + tid];
         }
         for (int k = 0; k < parts; k++) weight[tid][k] /= z;
     }
     __syncthreads();
-    for (int k = tid; k < ATTEND_HEADS * D / 4; k += THREADS) {
-        const int h = k / (D / 4), c = k % (D / 4);
-        if (h0 + h >= a.H) break;
-        float4 v = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-        for (int j = 0; j < parts; j++) {
-            const float4 x = __ldcg((const float4 *)(a.part + (part + j) * ATTEND_HEADS * D) + k);
-            const float w = weight[h][j];
-            v.x += w * x.x, v.y += w * x.y, v.z += w * x.z, v.w += w * x.w;
+    float4 v[FOURS];
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) v[k] = make_float4(0, 0, 0, 0);
+#pragma unroll 2
+    for (int j = 0; j < parts; j++) {
+        const float4 *const from = (const float4 *)(a.part + (part + j) * ATTEND_HEADS * D) + tid;
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) {
+            const float4 x = __ldcg(from + k * THREADS);
+            const float w = weight[(tid + k * THREADS) / (D / 4)][j];
+            v[k].x += w * x.x, v[k].y += w * x.y, v[k].z += w * x.z, v[k].w += w * x.w;
         }
-        ((float4 *)(a.out + (i * a.H + h0 + h) * D))[c] = v;
+    }
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        const int h = (tid + k * THREADS) / (D / 4), c = (tid + k * THREADS) % (D / 4);
+        if (h0 + h < a.H) ((float4 *)(a.out + (i * a.H + h0 + h) * D))[c] = v[k];
     }
 }
 
