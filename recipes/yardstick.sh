@@ -8,7 +8,7 @@ bin=$1 teacher=$2 train=$3 train_needs=$4 val=$5 val_needs=$6 val_docs=$7 out=$8
 shift 8
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
-"$bin"/lsa-dump run --teacher "$teacher" --tokens "$train" --needs "$train_needs" --out "$out/shards"
+"$bin"/lsa-dump run --teacher "$teacher" --tokens "$train" --needs "$train_needs" --hidden-stride 8 --out "$out/shards"
 "$bin"/lsa-train run --recipe recipes/mini-gpu.yaml --data "$out/shards" --out "$out/run" "$@"
 "$bin"/lsa-export write "$out/run" --out "$out/indexer"
 "$bin"/lsa-export verify "$out/indexer"
