@@ -15,6 +15,7 @@ enum { READERS = LSA_RESIDENT_READERS, BANKS = 2, EVAL_ROWS = 256, EVAL_Z_BYTES 
 typedef struct bank {
     int64_t epoch, group; /* what it holds; -1 nothing */
     int64_t last_use;     /* number of steps launched when it was last used */
+    bool filling;         /* the job has its documents */
     bool *held;           /* [n_doc] */
 } bank;
 
@@ -24,11 +25,16 @@ typedef struct pool { /* of one virtual shard */
     int32_t in_use;
 } pool;
 
-typedef struct job { /* filling a bank */
+typedef struct item {
+    bank *to;
+    int32_t slot;
+    int64_t doc, n_window;
+} item;
+
+typedef struct job { /* filling banks, of as many virtual shards as want it: a group may be one document */
     bool running;
-    int64_t shard;
-    int32_t bank;
-    int64_t *doc, *n_window, n, next;
+    item *item; /* [n_doc]: a job fills at most one bank of a shard, and shards share no documents */
+    int64_t n, next;
     pthread_t thread[READERS];
     int n_thread, n_started,
         n_done;           /* readers that have taken a block; threads to join; readers that ended */
@@ -73,18 +79,17 @@ static void *reader(void *arg) {
         j->err = why;
     }
     while (j->next < j->n && j->st == LSA_OK) {
-        const int64_t i = j->next++;
+        const item *const i = &j->item[j->next++];
         lsa_err err = {0};
         lsa_train_doc d = {0};
         pthread_mutex_unlock(&j->lock);
-        lsa_status st = lsa_source_load(&d, x->s, j->doc[i], &err);
-        if (st == LSA_OK) st = lsa_block_build(block, x->s, x->r, &x->g, &d, j->n_window[i], false, &err);
+        lsa_status st = lsa_source_load(&d, x->s, i->doc, &err);
+        if (st == LSA_OK) st = lsa_block_build(block, x->s, x->r, &x->g, &d, i->n_window, false, &err);
         lsa_train_doc_fini(&d);
         pthread_mutex_lock(&j->lock);
-        const int32_t slot = (int32_t)(j->bank * x->n_doc + j->doc[i]);
-        if (st == LSA_OK) st = lsa_gpu_pool_put(x->step, slot, &block->doc, block->data, &err);
+        if (st == LSA_OK) st = lsa_gpu_pool_put(x->step, i->slot, &block->doc, block->data, &err);
         if (st == LSA_OK) st = lsa_gpu_pool_wait(x->step, &err);
-        if (st == LSA_OK) x->pool[j->shard - x->first].bank[j->bank].held[j->doc[i]] = true;
+        if (st == LSA_OK) i->to->held[i->doc] = true;
         if (st != LSA_OK && j->st == LSA_OK) {
             j->st = st;
             j->err = err;
@@ -95,47 +100,59 @@ static void *reader(void *arg) {
     return NULL;
 }
 
-static lsa_status start(lsa_resident *x, int64_t v, int32_t b, int64_t epoch, int64_t group, lsa_err *err) {
+/* A shard's bank and the group it is to hold, into the next job; none is running. */
+static lsa_status add(lsa_resident *x, int64_t v, int32_t b, int64_t epoch, int64_t group, lsa_err *err) {
     lsa_status st = LSA_OK;
     job *const j = &x->job;
     bank *const k = &x->pool[v - x->first].bank[b];
-    const int64_t *doc;
-    j->n = lsa_order_group_docs(x->o, v, epoch, group, &doc);
-    for (int64_t i = 0; i < j->n; i++) {
-        j->doc[i] = doc[i];
-        LSA_TRY(lsa_source_n_window(&j->n_window[i], x->s, doc[i], err));
+    const int64_t *doc, before = j->n, n = lsa_order_group_docs(x->o, v, epoch, group, &doc);
+    k->epoch = k->group = -1;
+    for (int64_t i = 0; i < n; i++) {
+        item *const to = &j->item[before + i];
+        *to = (item){k, (int32_t)(b * x->n_doc + doc[i]), doc[i], 0};
+        LSA_TRY(lsa_source_n_window(&to->n_window, x->s, doc[i], err));
     }
     for (int64_t i = 0; i < x->n_doc; i++) {
         if (k->held[i]) LSA_TRY(lsa_gpu_pool_put(x->step, (int32_t)(b * x->n_doc + i), NULL, NULL, err));
         k->held[i] = false;
     }
+    j->n = before + n;
     k->epoch = epoch;
     k->group = group;
     k->last_use = -1;
-    j->shard = v;
-    j->bank = b;
+    k->filling = true;
+done:
+    return st;
+}
+
+static lsa_status begin(lsa_resident *x, lsa_err *err) {
+    job *const j = &x->job;
+    const int64_t threads = lsa_min_i64(READERS, j->n);
     j->next = 0;
     j->n_thread = j->n_done = 0;
     j->st = LSA_OK;
-    for (j->n_started = 0; j->n_started < READERS; j->n_started++)
+    for (j->n_started = 0; j->n_started < threads; j->n_started++)
         if (pthread_create(&j->thread[j->n_started], NULL, reader, x) != 0) break;
-    if (j->n_started == 0) LSA_FAIL(LSA_E_NOMEM, "cannot start a reading thread");
-    j->running = true;
-done:
-    if (st != LSA_OK) k->epoch = k->group = -1;
-    return st;
+    j->running = j->n_started > 0;
+    if (!j->running && j->n > 0) LSA_RET_FAIL(LSA_E_NOMEM, "cannot start a reading thread");
+    return LSA_OK;
 }
 
 static lsa_status finish(lsa_resident *x, lsa_err *err) {
     job *const j = &x->job;
-    if (!j->running) return LSA_OK;
-    for (int i = 0; i < j->n_started; i++) pthread_join(j->thread[i], NULL);
+    for (int i = 0; j->running && i < j->n_started; i++) pthread_join(j->thread[i], NULL);
+    const bool failed =
+        j->running ? j->st != LSA_OK : j->n > 0; /* what was added and never begun is not there */
+    const lsa_status st = j->running ? j->st : LSA_OK;
+    for (int64_t i = 0; i < x->n_shard * BANKS; i++) {
+        bank *const k = &x->pool[i / BANKS].bank[i % BANKS];
+        if (k->filling && failed) k->epoch = k->group = -1;
+        k->filling = false;
+    }
     j->running = false;
-    if (j->st == LSA_OK) return LSA_OK;
-    bank *const k = &x->pool[j->shard - x->first].bank[j->bank];
-    k->epoch = k->group = -1;
-    if (err) *err = j->err;
-    return j->st;
+    j->n = 0;
+    if (st != LSA_OK && err) *err = j->err;
+    return st;
 }
 
 /* The shard's bank that holds a group, if any. */
@@ -148,20 +165,45 @@ static int32_t bank_of(const lsa_resident *x, int64_t v, int64_t epoch, int64_t 
     return -1;
 }
 
+/* Into the next job: a group that no bank of its shard holds. */
+static lsa_status claim(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, lsa_err *err) {
+    const bank *const k = x->pool[v - x->first].bank;
+    const int32_t b = k[0].last_use <= k[1].last_use ? 0 : 1;
+    lsa_status st = LSA_OK;
+    /* order.h: a step takes no more than two groups of a shard, so none of this step's is lost */
+    if (x->taken < k[b].last_use) LSA_TRY(lsa_gpu_wait(x->step, err));
+    LSA_TRY(add(x, v, b, epoch, group, err));
+done:
+    return st;
+}
+
 /* Waits until the group is resident, reading it now if nobody has begun. */
 static lsa_status need(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t *out, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const bank *const k = x->pool[v - x->first].bank;
     int32_t b = bank_of(x, v, epoch, group);
     if (b < 0) {
         LSA_TRY(finish(x, err));
-        b = k[0].last_use <= k[1].last_use ? 0 : 1;
-        /* order.h: a step takes no more than two groups of a shard, so none of this step's is lost */
-        if (x->taken < k[b].last_use) LSA_TRY(lsa_gpu_wait(x->step, err));
-        LSA_TRY(start(x, v, b, epoch, group, err));
+        LSA_TRY(claim(x, v, epoch, group, err));
+        LSA_TRY(begin(x, err));
+        b = bank_of(x, v, epoch, group);
     }
-    if (x->job.running && x->job.shard == v && x->job.bank == b) LSA_TRY(finish(x, err));
+    if (x->pool[v - x->first].bank[b].filling) LSA_TRY(finish(x, err));
     *out = b;
+done:
+    return st;
+}
+
+/* Begins to read what the next step needs and no bank holds, of all shards together: the first step, mostly.
+ */
+static lsa_status gather(lsa_resident *x, int64_t asked, lsa_err *err) {
+    lsa_status st = LSA_OK;
+    if (x->job.running) return LSA_OK; /* need() takes care of what is missing */
+    for (int64_t v = x->first; v < x->first + x->n_shard; v++) {
+        lsa_place at;
+        LSA_TRY(lsa_order_at(&at, x->o, v, asked, err));
+        if (bank_of(x, v, at.epoch, at.group) < 0) LSA_TRY(claim(x, v, at.epoch, at.group, err));
+    }
+    LSA_TRY(begin(x, err));
 done:
     return st;
 }
@@ -174,17 +216,23 @@ static bool job_over(lsa_resident *x) {
     return over;
 }
 
-/* Begins to read the group after (epoch, group) of a shard if its bank is free. */
-static lsa_status ahead(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t in_use,
-                        lsa_err *err) {
+/* Begins to read the groups after those in use, of every shard whose other bank is free. */
+static lsa_status ahead(lsa_resident *x, lsa_err *err) {
     lsa_status st = LSA_OK;
-    const bank *const other = &x->pool[v - x->first].bank[1 - in_use];
-    if (lsa_order_whole(x->o, v) || x->taken < other->last_use) return LSA_OK;
-    const int64_t n = lsa_order_groups(x->o, v, epoch);
-    const int64_t e = group + 1 < n ? epoch : epoch + 1, g = group + 1 < n ? group + 1 : 0;
-    if (other->epoch == e && other->group == g) return LSA_OK;
-    if (x->job.running && job_over(x)) LSA_TRY(finish(x, err));
-    if (!x->job.running) LSA_TRY(start(x, v, 1 - in_use, e, g, err));
+    if (x->job.running) {
+        if (!job_over(x)) return LSA_OK;
+        LSA_TRY(finish(x, err));
+    }
+    for (int64_t v = x->first; v < x->first + x->n_shard; v++) {
+        const pool *const p = &x->pool[v - x->first];
+        const bank *const other = &p->bank[1 - p->in_use];
+        if (lsa_order_whole(x->o, v) || x->taken < other->last_use) continue;
+        const bool last = p->group + 1 == lsa_order_groups(x->o, v, p->epoch);
+        const int64_t e = p->epoch + last, g = last ? 0 : p->group + 1;
+        if (other->epoch == e && other->group == g) continue;
+        LSA_TRY(add(x, v, 1 - p->in_use, e, g, err));
+    }
+    LSA_TRY(begin(x, err));
 done:
     return st;
 }
@@ -262,8 +310,7 @@ lsa_status lsa_resident_create(lsa_resident **out, lsa_ctx *ctx, lsa_comm *comm,
         k->epoch = k->group = -1;
         LSA_TRY(LSA_NEW(k->held, x->n_doc, err));
     }
-    LSA_TRY(LSA_NEW(x->job.doc, x->n_doc, err));
-    LSA_TRY(LSA_NEW(x->job.n_window, x->n_doc, err));
+    LSA_TRY(LSA_NEW(x->job.item, x->n_doc, err));
     LSA_TRY(LSA_NEW(x->row, lsa_max_i64(r->batch, EVAL_ROWS), err));
     LSA_TRY(LSA_NEW(x->eval_row, lsa_gpu_eval_rows(g) * EVAL_ROWS, err));
     lsa_gpu_opts opts =
@@ -294,8 +341,7 @@ void lsa_resident_destroy(lsa_resident *x) {
         lsa_free(x->pool[i / BANKS].bank[i % BANKS].held);
     lsa_free(x->pool);
     pthread_mutex_destroy(&x->job.lock);
-    lsa_free(x->job.doc);
-    lsa_free(x->job.n_window);
+    lsa_free(x->job.item);
     lsa_free(x->row);
     lsa_free(x->eval_row);
     lsa_free(x->eval_held);
@@ -326,6 +372,7 @@ done:
 lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t rows = lsa_order_rows(x->o);
+    LSA_TRY(gather(x, c->asked, err));
     for (int64_t v = x->first; v < x->first + x->n_shard; v++) {
         pool *const p = &x->pool[v - x->first];
         for (int64_t i = 0; i < rows; i++) {
@@ -348,10 +395,7 @@ lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa
     x->lr[x->launched % LSA_GPU_FLIGHT] = lsa_lr(x->r, step);
     LSA_TRY(lsa_gpu_launch(x->step, x->row, x->lr[x->launched % LSA_GPU_FLIGHT], err));
     x->launched++;
-    for (int64_t v = 0; v < x->n_shard; v++) {
-        const pool *const p = &x->pool[v];
-        LSA_TRY(ahead(x, x->first + v, p->epoch, p->group, p->in_use, err));
-    }
+    LSA_TRY(ahead(x, err));
 done:
     return st;
 }

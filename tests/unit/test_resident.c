@@ -34,7 +34,8 @@ struct lsa_gpu_step {
 static pthread_mutex_t g_lock = PTHREAD_MUTEX_INITIALIZER; /* launched, ended, used, g_torn */
 static char g_dir[64];
 static int g_puts, g_steps_waited;
-static bool g_torn; /* something touched a slot in use, or used one that was not ready */
+static int g_threads, g_begun; /* reading threads begun; in the first step */
+static bool g_torn;            /* something touched a slot in use, or used one that was not ready */
 
 static bool in_flight(const lsa_gpu_step *s, int32_t slot) {
     for (int64_t k = s->ended; k < s->launched; k++)
@@ -70,6 +71,9 @@ void lsa_gpu_destroy(lsa_gpu_step *s) {
 }
 lsa_status lsa_gpu_thread_begin(const lsa_gpu_step *s, lsa_err *err) {
     (void)s, (void)err;
+    pthread_mutex_lock(&g_lock);
+    g_threads++;
+    pthread_mutex_unlock(&g_lock);
     return LSA_OK;
 }
 lsa_status lsa_gpu_host_alloc(void **out, int64_t bytes, lsa_err *err) {
@@ -194,12 +198,13 @@ static void follow_rank(const char *batch, const char *shards, const char *strid
     assert_int_equal(gpu->batch, rows * share);
     const int64_t steps = 3 * lsa_order_epoch_windows(o) / r.batch + 3;
     g_torn = false;
-    g_puts = 0;
+    g_puts = g_threads = 0;
     for (int64_t step = 0; step <= steps; step++) { /* two in flight, as training does */
         lsa_step_result got;
         if (step < steps) {
             if (lsa_resident_launch(x, &c, step, &err) != LSA_OK) fail_msg("step %d: %s", (int)step, err.msg);
             assert_int_equal(c.asked, (step + 1) * rows);
+            if (step == 0) g_begun = g_threads;
             for (int64_t i = 0; i < gpu->batch; i++) {
                 lsa_place p;
                 const int32_t slot = gpu->used[step % LSA_GPU_FLIGHT][i];
@@ -241,6 +246,13 @@ static void test_rotating(void **state) {
     assert_true(g_steps_waited > 0); /* some step had to wait for a bank: the hard case was met */
 }
 
+/* Groups of single documents: what all shards need is read together, and so is what they need next. */
+static void test_together(void **state) {
+    (void)state;
+    follow("train.batch=4", "data.virtual_shards=4", "window.stride=1", 0, 0);
+    assert_in_range(g_begun, 4, 2 * HAND_DOCS);
+}
+
 static void test_mined(void **state) {
     (void)state;
     follow("train.batch=4", "data.virtual_shards=2", "window.stride=64", 0, 0.5);
@@ -274,6 +286,7 @@ static int end(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_whole), cmocka_unit_test(test_rotating),
-                                       cmocka_unit_test(test_mined), cmocka_unit_test(test_ranks)};
+                                       cmocka_unit_test(test_together), cmocka_unit_test(test_mined),
+                                       cmocka_unit_test(test_ranks)};
     return cmocka_run_group_tests(tests, begin, end);
 }
