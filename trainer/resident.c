@@ -177,33 +177,25 @@ done:
     return st;
 }
 
-/* Waits until the group is resident, reading it now if nobody has begun. */
-static lsa_status need(lsa_resident *x, int64_t v, int64_t epoch, int64_t group, int32_t *out, lsa_err *err) {
+/* Waits until the group is resident. If nobody has begun to read it, as in the first step, it is read now,
+ * together with what the shards after v have not either of the rows from `asked` on. */
+static lsa_status need(lsa_resident *x, int64_t v, const lsa_place *at, int64_t asked, int32_t *out,
+                       lsa_err *err) {
     lsa_status st = LSA_OK;
-    int32_t b = bank_of(x, v, epoch, group);
+    int32_t b = bank_of(x, v, at->epoch, at->group);
     if (b < 0) {
         LSA_TRY(finish(x, err));
-        LSA_TRY(claim(x, v, epoch, group, err));
+        LSA_TRY(claim(x, v, at->epoch, at->group, err));
+        for (int64_t u = v + 1; u < x->first + x->n_shard; u++) {
+            lsa_place next;
+            LSA_TRY(lsa_order_at(&next, x->o, u, asked, err));
+            if (bank_of(x, u, next.epoch, next.group) < 0) LSA_TRY(claim(x, u, next.epoch, next.group, err));
+        }
         LSA_TRY(begin(x, err));
-        b = bank_of(x, v, epoch, group);
+        b = bank_of(x, v, at->epoch, at->group);
     }
     if (x->pool[v - x->first].bank[b].filling) LSA_TRY(finish(x, err));
     *out = b;
-done:
-    return st;
-}
-
-/* Begins to read what the next step needs and no bank holds, of all shards together: the first step, mostly.
- */
-static lsa_status gather(lsa_resident *x, int64_t asked, lsa_err *err) {
-    lsa_status st = LSA_OK;
-    if (x->job.running) return LSA_OK; /* need() takes care of what is missing */
-    for (int64_t v = x->first; v < x->first + x->n_shard; v++) {
-        lsa_place at;
-        LSA_TRY(lsa_order_at(&at, x->o, v, asked, err));
-        if (bank_of(x, v, at.epoch, at.group) < 0) LSA_TRY(claim(x, v, at.epoch, at.group, err));
-    }
-    LSA_TRY(begin(x, err));
 done:
     return st;
 }
@@ -372,7 +364,6 @@ done:
 lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa_err *err) {
     lsa_status st = LSA_OK;
     const int64_t rows = lsa_order_rows(x->o);
-    LSA_TRY(gather(x, c->asked, err));
     for (int64_t v = x->first; v < x->first + x->n_shard; v++) {
         pool *const p = &x->pool[v - x->first];
         for (int64_t i = 0; i < rows; i++) {
@@ -380,7 +371,7 @@ lsa_status lsa_resident_launch(lsa_resident *x, lsa_cursor *c, int64_t step, lsa
             LSA_TRY(lsa_order_at(&at, x->o, v, c->asked + i, err));
             if (i == 0 || at.group != p->group || at.epoch != p->epoch) {
                 if (i > 0) p->bank[p->in_use].last_use = x->launched + 1;
-                LSA_TRY(need(x, v, at.epoch, at.group, &p->in_use, err));
+                LSA_TRY(need(x, v, &at, c->asked, &p->in_use, err));
                 if (x->r->hard_share > 0 && (step % x->r->hard_every == 0 || p->bank[p->in_use].last_use < 0))
                     LSA_TRY(mine(x, v, p->in_use, err));
                 p->group = at.group;
