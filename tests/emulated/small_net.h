@@ -19,6 +19,22 @@ static inline lsa_ctx emulated_device(const lsa_backend *backend = &lsa_backend_
     return {LSA_BACKEND_CUDA, backend, &device, "emulated"};
 }
 
+/* The cpu column's memory, counted: blocks that are held. */
+static int64_t memory_held;
+static inline lsa_backend counted_backend() {
+    lsa_backend b = lsa_backend_cpu;
+    b.alloc = [](lsa_ctx *c, void **out, size_t n, const char *what, lsa_err *err) {
+        const lsa_status st = lsa_backend_cpu.alloc(c, out, n, what, err);
+        memory_held += st == LSA_OK;
+        return st;
+    };
+    b.release = [](lsa_ctx *c, void *p) {
+        memory_held -= p != NULL;
+        lsa_backend_cpu.release(c, p);
+    };
+    return b;
+}
+
 /* Heads in powers of two, as kernels may ask for. */
 static inline lsa_golden small_net() {
     lsa_golden net = lsa_golden_default();

@@ -6,33 +6,15 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cuda/decode/batch_state.h"
+#include "tests/emulated/no_sm90.h"
 #include "tests/emulated/small_net.h"
 
 extern "C" {
 #include "infer/bench_check.h"
 }
 
-/* not on a CPU: tensor cores of sm_90, graphs, the memory indexer */
-lsa_status serve_prepare_sm90(lsa_gpu_retriever *, lsa_err *) {
-    return LSA_E_BUG;
-}
-lsa_status serve_score_sm90(lsa_gpu_retriever *, int32_t, int32_t, const lsa_gpu_keys *, float *, int64_t,
-                            cudaStream_t, lsa_err *) {
-    return LSA_E_BUG;
-}
-void graphs_free(lsa_gpu_batch *) {}
+/* not on a CPU: the memory indexer */
 void level1_free(lsa_gpu_batch *) {}
-
-static int64_t g_held;
-static lsa_status count_alloc(lsa_ctx *c, void **out, size_t n, const char *what, lsa_err *err) {
-    g_held++;
-    return lsa_backend_cpu.alloc(c, out, n, what, err);
-}
-static void count_release(lsa_ctx *c, void *p) {
-    g_held -= p != NULL;
-    lsa_backend_cpu.release(c, p);
-}
 
 static lsa_err err;
 #define OK(call)                                                                                             \
@@ -157,8 +139,7 @@ static int refusals(lsa_ctx *ctx, const lsa_gpu_batch_opts *o) {
 }
 
 int main() {
-    lsa_backend counted = lsa_backend_cpu;
-    counted.alloc = count_alloc, counted.release = count_release;
+    lsa_backend counted = counted_backend();
     lsa_ctx ctx = emulated_device(&counted);
     lsa_gpu_batch_opts small = {};
     small.n_layer = 5;
@@ -180,8 +161,8 @@ int main() {
     bad += same_as_full(&ctx, v4);
     v4.n_memory = 0;
     bad += swapping(&ctx, &v4);
-    if (g_held || emu::pinned) {
-        printf("%lld device and %lld pinned blocks are still held\n", (long long)g_held,
+    if (memory_held || emu::pinned) {
+        printf("%lld device and %lld pinned blocks are still held\n", (long long)memory_held,
                (long long)emu::pinned);
         bad++;
     }

@@ -2,25 +2,16 @@
  * pool of memory; all memory comes back. Times mean nothing here. */
 #include "tests/emulated/emu/emu.h"
 
-#include "kernels/cuda/decode/batch_state.h"
+#include "tests/emulated/no_sm90.h"
 #include "tests/emulated/small_net.h"
 
 extern "C" {
 #include "infer/bench.h"
 }
 
-/* not on a CPU: tensor cores of sm_90, graphs */
-lsa_status serve_prepare_sm90(lsa_gpu_retriever *, lsa_err *) {
-    return LSA_E_BUG;
-}
-lsa_status serve_score_sm90(lsa_gpu_retriever *, int32_t, int32_t, const lsa_gpu_keys *, float *, int64_t,
-                            cudaStream_t, lsa_err *) {
-    return LSA_E_BUG;
-}
 extern "C" lsa_status lsa_cuda_open(lsa_ctx *, int, lsa_err *) {
     return LSA_E_BUG;
 }
-void graphs_free(lsa_gpu_batch *) {}
 extern "C" lsa_status lsa_gpu_batch_time(lsa_gpu_batch *b, lsa_gpu_batch_part part, int32_t, int64_t,
                                          double *seconds, lsa_err *err) {
     *seconds = 1e-6 * (double)lsa_gpu_batch_resident(b);
@@ -30,19 +21,8 @@ extern "C" lsa_status lsa_gpu_batch_steps(lsa_gpu_batch *b, int32_t, double *, l
     return lsa_gpu_batch_launch(b, LSA_BATCH_STEP, err);
 }
 
-static int64_t g_held;
-static lsa_status count_alloc(lsa_ctx *c, void **out, size_t n, const char *what, lsa_err *err) {
-    g_held++;
-    return lsa_backend_cpu.alloc(c, out, n, what, err);
-}
-static void count_release(lsa_ctx *c, void *p) {
-    g_held -= p != NULL;
-    lsa_backend_cpu.release(c, p);
-}
-
 int main() {
-    lsa_backend counted = lsa_backend_cpu;
-    counted.alloc = count_alloc, counted.release = count_release;
+    lsa_backend counted = counted_backend();
     lsa_ctx ctx = emulated_device(&counted);
     static lsa_teacher_config c;
     lsa_err err = {};
@@ -56,8 +36,8 @@ int main() {
         if (json) o.budget = 1, o.n_context = 1, o.batch[0] = 2, o.pool_gb = 0;
         bad += lsa_bench(&ctx, &c, &o, &err) != LSA_OK;
     }
-    if (g_held || emu::pinned) {
-        printf("%lld device and %lld pinned blocks are still held\n", (long long)g_held,
+    if (memory_held || emu::pinned) {
+        printf("%lld device and %lld pinned blocks are still held\n", (long long)memory_held,
                (long long)emu::pinned);
         bad++;
     }
