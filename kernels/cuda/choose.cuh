@@ -44,10 +44,32 @@ struct cut { /* words below `word` are in, and the first `ties` of those equal t
     bool all_ties;
 };
 
+struct crossing { /* bin that holds the k-th member: how many of it are wanted, how many it has */
+    uint32_t bin, left, count;
+};
+
+/* Where a histogram of BINS counts, complete and visible to the block, reaches k, 0 < k <= its sum. */
+static __device__ crossing bin_of_kth(uint32_t k, const uint32_t *hist) {
+    __shared__ crossing c;
+    uint32_t mine[BINS / THREADS], sum = 0, all;
+    for (int b = 0; b < BINS / THREADS; b++) sum += mine[b] = hist[threadIdx.x * (BINS / THREADS) + b];
+    uint32_t before = scan(sum, &all) - sum;
+    if (before < k && before + sum >= k)
+        for (int b = 0; b < BINS / THREADS; b++) {
+            if (before + mine[b] >= k) {
+                c = {(uint32_t)(threadIdx.x * (BINS / THREADS) + b), k - before, mine[b]};
+                break;
+            }
+            before += mine[b];
+        }
+    __syncthreads();
+    return c;
+}
+
 /* The k smallest words of a set, 0 < k < its size. each(f): calls f(word) for every member of this thread's
  * share. */
 template <typename EACH> static __device__ cut choose(uint32_t k, uint32_t *hist, EACH each) {
-    __shared__ uint32_t found, left, count;
+    crossing c = {};
     uint32_t prefix = 0;
     const int shift[3] = {21, 10, 0}, bits[3] = {11, 11, 10};
     for (int pass = 0; pass < 3; pass++) {
@@ -59,29 +81,12 @@ template <typename EACH> static __device__ cut choose(uint32_t k, uint32_t *hist
             if (pass == 0 || w >> up == prefix) atomicAdd(&hist[w >> sh & ((1u << bits[pass]) - 1)], 1u);
         });
         __syncthreads();
-        uint32_t mine[BINS / THREADS], sum = 0, all;
-        for (int b = 0; b < BINS / THREADS; b++) sum += mine[b] = hist[threadIdx.x * (BINS / THREADS) + b];
-        uint32_t before = scan(sum, &all) - sum;
-        if (before < k && before + sum >= k)
-            for (int b = 0; b < BINS / THREADS; b++) {
-                if (before + mine[b] >= k) {
-                    found = (uint32_t)(threadIdx.x * (BINS / THREADS) + b);
-                    left = k - before;
-                    count = mine[b];
-                    break;
-                }
-                before += mine[b];
-            }
-        __syncthreads();
-        prefix = prefix << bits[pass] | found;
-        k = left;
+        c = bin_of_kth(k, hist);
+        prefix = prefix << bits[pass] | c.bin;
+        k = c.left;
     }
-    cut c;
-    c.word = prefix;
-    c.ties = left;
-    c.all_ties = left == count;
     __syncthreads();
-    return c;
+    return {prefix, c.left, c.left == c.count};
 }
 
 #endif

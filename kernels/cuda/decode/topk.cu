@@ -55,7 +55,7 @@ template <typename EACH> static __device__ last_in by_words(uint32_t k, uint32_t
  * counting. Values that are not finite, and crowded bins, go by words. */
 template <typename EACH> static __device__ last_in by_values(uint32_t k, uint32_t *bin, EACH each) {
     __shared__ float low_in_warp[WARPS], high_in_warp[WARPS];
-    __shared__ uint32_t found, left, count, filled, crowd_word[CROWD];
+    __shared__ uint32_t filled, crowd_word[CROWD];
     __shared__ int32_t crowd_at[CROWD];
     __shared__ last_in last;
     float low = INFINITY, high = -INFINITY;
@@ -80,34 +80,21 @@ template <typename EACH> static __device__ last_in by_values(uint32_t k, uint32_
     };
     each([&](uint32_t word, int32_t) { atomicAdd(&bin[bin_of(word)], 1u); });
     __syncthreads();
-    uint32_t mine[BINS / THREADS], sum = 0, all;
-    for (int b = 0; b < BINS / THREADS; b++) sum += mine[b] = bin[threadIdx.x * (BINS / THREADS) + b];
-    uint32_t before = scan(sum, &all) - sum;
-    if (before < k && before + sum >= k)
-        for (int b = 0; b < BINS / THREADS; b++) {
-            if (before + mine[b] >= k) {
-                found = (uint32_t)(threadIdx.x * (BINS / THREADS) + b);
-                left = k - before;
-                count = mine[b];
-                break;
-            }
-            before += mine[b];
-        }
-    __syncthreads();
-    if (count > CROWD) return by_words(k, bin, each);
+    const crossing c = bin_of_kth(k, bin);
+    if (c.count > CROWD) return by_words(k, bin, each);
     each([&](uint32_t word, int32_t at) {
-        if (bin_of(word) != (int)found) return;
+        if (bin_of(word) != (int)c.bin) return;
         const uint32_t i = atomicAdd(&filled, 1u);
         crowd_word[i] = word, crowd_at[i] = at;
     });
     __syncthreads();
-    if (threadIdx.x < count) {
+    if (threadIdx.x < c.count) {
         const uint32_t word = crowd_word[threadIdx.x];
         const int32_t at = crowd_at[threadIdx.x];
         uint32_t better = 0;
-        for (uint32_t i = 0; i < count; i++)
+        for (uint32_t i = 0; i < c.count; i++)
             better += crowd_word[i] < word || (crowd_word[i] == word && crowd_at[i] < at);
-        if (better == left - 1) last = {word, at};
+        if (better == c.left - 1) last = {word, at};
     }
     __syncthreads();
     return last;

@@ -7,6 +7,7 @@
 #include "kernels/cuda/teacher/bf16_state.h"
 
 enum { THREADS = TEACHER_THREADS, MOST_EXPERTS = 512 };
+#include "kernels/cuda/teacher/by_expert.cuh"
 
 struct route_args {
     const float *score, *bias; /* [m, E] */
@@ -99,30 +100,10 @@ static __global__ void __launch_bounds__(THREADS)
  * expert. */
 static __global__ void __launch_bounds__(THREADS)
     bf16_sort_k(const int32_t *expert, int64_t n, const int32_t *begin, int32_t *list, int32_t *place) {
-    __shared__ int32_t before[THREADS / 32];
-    const int e = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int32_t at = begin[e];
+    const int e = blockIdx.x;
     const int32_t end = begin[e + 1];
-    if (end == at) return;
-    for (int64_t i0 = 0; i0 < n; i0 += THREADS) {
-        const int64_t i = i0 + threadIdx.x;
-        const bool mine = i < n && expert[i] == e;
-        const unsigned word = __ballot_sync(0xffffffffu, mine);
-        __syncthreads();
-        if (lane == 0) before[warp] = __popc(word);
-        __syncthreads();
-        int32_t to = at, all = 0;
-        for (int w = 0; w < THREADS / 32; w++) {
-            if (w < warp) to += before[w];
-            all += before[w];
-        }
-        to += __popc(word & ((1u << lane) - 1));
-        if (mine) {
-            list[to] = (int32_t)i;
-            place[i] = to;
-        }
-        at += all;
-    }
+    if (end == begin[e]) return;
+    const int32_t at = place_entries(expert, n, e, begin[e], list, place);
     for (int32_t i = at + (int32_t)threadIdx.x; i < end; i += THREADS) list[i] = -1;
 }
 

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/teacher/bf16_state.h"
+#include "kernels/cuda/teacher/project.cuh"
 
 extern "C" {
 #include "kernels/core/lsa_ids.h"
@@ -22,17 +23,6 @@ static __device__ __forceinline__ uint16_t half_of(float x) { /* what is beyond 
 
 /* ---- cache simulations, notes 2.3 and 2.4 ---- */
 
-static __device__ __forceinline__ float pow2_ceil(float x) {
-    const uint32_t u = __float_as_uint(x), e = (u >> 23) + ((u & 0x7fffffu) != 0);
-    return __uint_as_float(e << 23);
-}
-/* x to the nearest of 2^-mantissa steps of its binade, ties to even, at most `top`; steps end at 2^lowest. */
-static __device__ __forceinline__ float to_small(float x, int mantissa, int lowest, float top) {
-    const float v = fminf(fabsf(x), top);
-    const int e = max((int)(__float_as_uint(v) >> 23) - 127, lowest);
-    const float step = __uint_as_float((uint32_t)(e - mantissa + 127) << 23);
-    return copysignf(fminf(rintf(v / step) * step, top), x);
-}
 static __device__ __forceinline__ float fp8_of(float x, float most) {
     const float s = pow2_ceil(fmaxf(most, 1e-4f) * (1.0f / 448.0f));
     return bf16_round(to_small(x / s, 3, -6, 448.0f) * s);
@@ -107,18 +97,12 @@ static __global__ void __launch_bounds__(THREADS) bf16_token_k(const __grid_cons
     if (a.at_cv >= 0) {
         float *const to = a.proj + pos * 2 * a.kc;
         const float *const ape = a.ape + pos % a.ratio * a.kc;
-        for (int i = tid; i < a.kc; i += THREADS) {
-            to[i] = xp[a.at_cv + i];
-            to[a.kc + i] = xp[a.at_cg + i] + ape[i];
-        }
+        compressor_row(to, xp + a.at_cv, xp + a.at_cg, ape, a.kc);
     }
     if (a.at_iv >= 0) {
         float *const to = a.iproj + pos * 2 * a.ikc;
         const float *const ape = a.iape + pos % LSA_CHUNK * a.ikc;
-        for (int i = tid; i < a.ikc; i += THREADS) {
-            to[i] = xp[a.at_iv + i];
-            to[a.ikc + i] = xp[a.at_ig + i] + ape[i];
-        }
+        compressor_row(to, xp + a.at_iv, xp + a.at_ig, ape, a.ikc);
         for (int i = tid; i < a.Hi; i += THREADS)
             a.iw[t * a.Hi + i] = bf16_round(xp[a.at_iw + i]) * a.iw_scale;
     }
@@ -297,20 +281,9 @@ static __global__ void __launch_bounds__(THREADS) bf16_compress_k(const __grid_c
     float *const v = (float *)shared4;
     const int64_t i = a.begin + blockIdx.x, own = a.ratio * i, last = own + a.ratio,
                   first = a.roles == 2 && i > 0 ? own - a.ratio : own;
-    const int c = a.c, kc = a.roles * c;
+    const int c = a.c;
     for (int ch = threadIdx.x; ch < c; ch += THREADS) {
-        float most = -INFINITY, sum = 0, pooled = 0;
-#pragma unroll 4
-        for (int64_t r = first; r < last; r++)
-            most = fmaxf(most, a.proj[r * 2 * kc + kc + (a.roles == 2 && r >= own ? c : 0) + ch]);
-#pragma unroll 4
-        for (int64_t r = first; r < last; r++) {
-            const float *const x = a.proj + r * 2 * kc + (a.roles == 2 && r >= own ? c : 0) + ch;
-            const float e = expf(x[kc] - most);
-            sum += e;
-            pooled += e * x[0];
-        }
-        v[ch] = bf16_round(pooled / sum);
+        v[ch] = bf16_round(pooled_channel(a.proj, first, own, last, c, a.roles, ch));
     }
     __syncthreads();
     norm_in_place(v, a.norm, c, a.eps);

@@ -6,6 +6,7 @@
 #include "kernels/cuda/teacher/teacher_state.h"
 
 enum { THREADS = TEACHER_THREADS, ROWS = 64, COLS = 64, DEPTH = 16 };
+#include "kernels/cuda/teacher/by_expert.cuh"
 
 struct route_args {
     const float *score, *bias;
@@ -76,29 +77,8 @@ static __global__ void __launch_bounds__(THREADS)
  */
 static __global__ void __launch_bounds__(THREADS)
     sort_k(const int32_t *expert, int64_t n, const int32_t *begin, int32_t *list, int32_t *place) {
-    __shared__ int32_t before[THREADS / 32];
-    const int e = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int32_t at = begin[e];
-    if (begin[e + 1] == at) return;
-    for (int64_t i0 = 0; i0 < n; i0 += THREADS) {
-        const int64_t i = i0 + threadIdx.x;
-        const bool mine = i < n && expert[i] == e;
-        const unsigned word = __ballot_sync(0xffffffffu, mine);
-        __syncthreads();
-        if (lane == 0) before[warp] = __popc(word);
-        __syncthreads();
-        int32_t to = at, all = 0;
-        for (int w = 0; w < THREADS / 32; w++) {
-            if (w < warp) to += before[w];
-            all += before[w];
-        }
-        to += __popc(word & ((1u << lane) - 1));
-        if (mine) {
-            list[to] = (int32_t)i;
-            place[i] = to;
-        }
-        at += all;
-    }
+    const int e = blockIdx.x;
+    if (begin[e + 1] > begin[e]) place_entries(expert, n, e, begin[e], list, place);
 }
 
 struct expert_args {

@@ -3,6 +3,7 @@
  * With two roles (CSA) the lo half of a token's channels serves the entry after its own, the hi half its own
  * entry: entry i pools lo of tokens 4i-4 .. 4i-1 and hi of 4i .. 4i+3. Swapping the halves stays fluent and
  * fails far away. */
+#include "kernels/cuda/teacher/project.cuh"
 #include "kernels/cuda/teacher/teacher_state.h"
 
 extern "C" {
@@ -13,17 +14,6 @@ enum { THREADS = TEACHER_THREADS };
 
 /* ---- cache simulations: groups of 64 (fp8) or 32 (fp4) with a power-of-two scale, notes 2.3 and 2.4 ---- */
 
-static __device__ __forceinline__ float pow2_ceil(float x) {
-    const uint32_t u = __float_as_uint(x), e = (u >> 23) + ((u & 0x7fffffu) != 0);
-    return __uint_as_float(e << 23);
-}
-/* x to the nearest of 2^-mantissa steps of its binade, ties to even, at most `top`; steps end at 2^lowest. */
-static __device__ __forceinline__ float to_small(float x, int mantissa, int lowest, float top) {
-    const float v = fminf(fabsf(x), top);
-    const int e = max((int)(__float_as_uint(v) >> 23) - 127, lowest);
-    const float step = ldexpf(1.0f, e - mantissa);
-    return copysignf(fminf(rintf(v / step) * step, top), x);
-}
 static __device__ __forceinline__ float to_bf16(float x) {
     const uint32_t u = __float_as_uint(x);
     return __uint_as_float((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u);
@@ -77,18 +67,12 @@ static __global__ void __launch_bounds__(THREADS) token_k(const __grid_constant_
     if (a.at_cv >= 0) {
         float *const to = a.proj + pos * 2 * a.kc;
         const float *const ape = a.ape + pos % a.ratio * a.kc;
-        for (int i = threadIdx.x; i < a.kc; i += THREADS) {
-            to[i] = xp[a.at_cv + i];
-            to[a.kc + i] = xp[a.at_cg + i] + ape[i];
-        }
+        compressor_row(to, xp + a.at_cv, xp + a.at_cg, ape, a.kc);
     }
     if (a.at_iv >= 0) {
         float *const to = a.iproj + pos * 2 * a.ikc;
         const float *const ape = a.iape + pos % LSA_CHUNK * a.ikc;
-        for (int i = threadIdx.x; i < a.ikc; i += THREADS) {
-            to[i] = xp[a.at_iv + i];
-            to[a.ikc + i] = xp[a.at_ig + i] + ape[i];
-        }
+        compressor_row(to, xp + a.at_iv, xp + a.at_ig, ape, a.ikc);
         for (int i = threadIdx.x; i < a.Hi; i += THREADS) a.iw[t * a.Hi + i] = xp[a.at_iw + i] * a.iw_scale;
     }
 }
@@ -278,18 +262,9 @@ static __global__ void __launch_bounds__(THREADS) compress_k(const __grid_consta
     __shared__ float v[TEACHER_WIDTH];
     const int64_t i = a.begin + blockIdx.x, own = a.ratio * i, last = own + a.ratio,
                   first = a.roles == 2 && i > 0 ? own - a.ratio : own;
-    const int c = a.c, kc = a.roles * c;
+    const int c = a.c;
     for (int ch = threadIdx.x; ch < c; ch += THREADS) {
-        float most = -INFINITY, sum = 0, pooled = 0;
-        for (int64_t r = first; r < last; r++)
-            most = fmaxf(most, a.proj[r * 2 * kc + kc + (a.roles == 2 && r >= own ? c : 0) + ch]);
-        for (int64_t r = first; r < last; r++) {
-            const float *const x = a.proj + r * 2 * kc + (a.roles == 2 && r >= own ? c : 0) + ch;
-            const float e = expf(x[kc] - most);
-            sum += e;
-            pooled += e * x[0];
-        }
-        v[ch] = pooled / sum;
+        v[ch] = pooled_channel(a.proj, first, own, last, c, a.roles, ch);
     }
     __syncthreads();
     norm_into(v, v, a.norm, c, a.eps);

@@ -4,6 +4,7 @@
  *
  * The mistake that would stay silent: overwriting an arena that a launch still reads; `used` is recorded
  * behind the last launch of a layer, and the copy waits for it. */
+#include "kernels/cuda/teacher/stored.cuh"
 #include "kernels/cuda/teacher/teacher_state.h"
 
 enum { THREADS = TEACHER_THREADS };
@@ -16,21 +17,6 @@ struct lsa_gpu_weights {
     uint32_t *bad, *host_bad; /* [2] number of a tensor with a number that is not finite, plus 1; 0 */
 };
 
-static __device__ __forceinline__ float of_e4m3(uint32_t c) {
-    const uint32_t e = c >> 3 & 15u, m = c & 7u;
-    const float v = (c & 0x7fu) == 0x7fu ? NAN
-                    : e                  ? __uint_as_float((e + 120u) << 23 | m << 20)
-                                         : (float)m * 0x1p-9f;
-    return c & 0x80u ? -v : v;
-}
-static __device__ __forceinline__ float of_e2m1(uint32_t c) {
-    const uint32_t e = c >> 1 & 3u, m = c & 1u;
-    const float v = e ? __uint_as_float((e + 126u) << 23 | m << 22) : 0.5f * (float)m;
-    return c & 8u ? -v : v;
-}
-static __device__ __forceinline__ float of_e8m0(uint32_t b) {
-    return b == 255 ? NAN : __uint_as_float(b ? b << 23 : 0x00400000u);
-}
 static __device__ __forceinline__ float of_f16(uint32_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, e = h >> 10 & 31u, m = h & 0x3ffu;
     if (e == 31) return __uint_as_float(sign | 0x7f800000u | m << 13);
