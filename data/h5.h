@@ -62,10 +62,10 @@ bool lsa_h5_has(lsa_h5_reader *r, const char *name);
  * size must lie in the file. */
 LSA_NODISCARD lsa_status lsa_h5_find(lsa_h5_set *out, lsa_h5_reader *r, const char *name, lsa_h5_type t,
                                      int64_t rows, int64_t cols, lsa_err *err);
-/* Root attribute into buf; LSA_E_FORMAT if absent or longer. */
-LSA_NODISCARD lsa_status lsa_h5_get_set_str(char *buf, size_t n, lsa_h5_reader *r, const char *set,
-                                            const char *name, lsa_err *err); /* of a dataset */
+/* Attribute of the root, or of a dataset, into buf; LSA_E_FORMAT if absent or longer. */
 LSA_NODISCARD lsa_status lsa_h5_get_str(char *buf, size_t n, lsa_h5_reader *r, const char *name,
                                         lsa_err *err);
+LSA_NODISCARD lsa_status lsa_h5_get_set_str(char *buf, size_t n, lsa_h5_reader *r, const char *set,
+                                            const char *name, lsa_err *err);
 
 #endif

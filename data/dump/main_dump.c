@@ -17,35 +17,36 @@
 #include "kernels/core/num.h"
 
 /* Options of run and plan; teacher, tokens and out are required. */
-#define DUMP_OPTS(o)                                                                                                \
-    {"teacher", "DIR", LSA_OPT_STR, &(o).teacher, "folder with config.json and safetensors"},                       \
-        {"tokens", "FILE", LSA_OPT_STR, &(o).tokens, "token ids: .u16, .u32 (little-endian) or .jsonl"},            \
-        {"needs", "FILE", LSA_OPT_STR, &(o).needs,                                                                  \
-         "index of planted needs: cuts the documents (planted files always need it)"},                              \
-        {"documents", "A:B", LSA_OPT_STR, &(o).documents,                                                           \
-         "half-open range of documents, from 0 (default: all)"},                                                    \
-        {"top-p", "P", LSA_OPT_F64, &(o).top_p,                                                                     \
-         "votes: smallest prefix of the pool's softmax above this mass (default 0.6)"},                             \
-        {"pool", "N", LSA_OPT_I64, &(o).pool,                                                                       \
-         "votes: how many of the highest native logits form the pool (default: index_topk)"},                       \
-        {"hidden-stride", "N", LSA_OPT_I64, &(o).hidden_stride,                                                     \
-         "keep hidden vectors of every Nth token (default 64; 1 for reference mode)"},                              \
-        {"layers", "LIST", LSA_OPT_STR, &(o).layers,                                                                \
-         "CSA ordinals whose keys and hidden vectors are kept: all, or 0,2 (default all)"},                         \
-        {"no-stats", NULL, LSA_OPT_FLAG, &(o).no_stats,                                                             \
-         "leave out native logits and masses (KL training and captured mass then are refused)"},                    \
-        {"dense-every", "N", LSA_OPT_I64, &(o).dense_every,                                                         \
-         "also the dense mass of every Nth token (default 0: none)"},                                               \
-        {"dense-min", "MASS", LSA_OPT_F64, &(o).dense_min,                                                          \
-         "dense entries below this are summed into 'rest' (default 1e-4)"},                                         \
-        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &(o).shard_bytes,                                                     \
-         "a shard closes at the first document end past this size (default 256M)"},                                 \
-        {"host-budget", "SIZE", LSA_OPT_SIZE, &(o).host_budget,                                                     \
-         "refuse what may need more host memory (default: this machine's)"},                                        \
-        {"streams", "TYPE", LSA_OPT_STR, &(o).streams,                                                              \
-         "with --stream: f32, or bf16 to halve what travels between two layers, rounded after each (default f32)"}, \
-        {"sim-fp8", NULL, LSA_OPT_FLAG, &(o).sim_fp8, "simulate the fp8 KV cache"}, {                               \
-        "sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"                                     \
+#define DUMP_OPTS(o)                                                                                         \
+    {"teacher", "DIR", LSA_OPT_STR, &(o).teacher, "folder with config.json and safetensors"},                \
+        {"tokens", "FILE", LSA_OPT_STR, &(o).tokens, "token ids: .u16, .u32 (little-endian) or .jsonl"},     \
+        {"needs", "FILE", LSA_OPT_STR, &(o).needs,                                                           \
+         "index of planted needs: cuts the documents (planted files always need it)"},                       \
+        {"documents", "A:B", LSA_OPT_STR, &(o).documents,                                                    \
+         "half-open range of documents, from 0 (default: all)"},                                             \
+        {"top-p", "P", LSA_OPT_F64, &(o).top_p,                                                              \
+         "votes: smallest prefix of the pool's softmax above this mass (default 0.6)"},                      \
+        {"pool", "N", LSA_OPT_I64, &(o).pool,                                                                \
+         "votes: how many of the highest native logits form the pool (default: index_topk)"},                \
+        {"hidden-stride", "N", LSA_OPT_I64, &(o).hidden_stride,                                              \
+         "keep hidden vectors of every Nth token (default 64; 1 for reference mode)"},                       \
+        {"layers", "LIST", LSA_OPT_STR, &(o).layers,                                                         \
+         "CSA ordinals whose keys and hidden vectors are kept: all, or 0,2 (default all)"},                  \
+        {"no-stats", NULL, LSA_OPT_FLAG, &(o).no_stats,                                                      \
+         "leave out native logits and masses (KL training and captured mass then are refused)"},             \
+        {"dense-every", "N", LSA_OPT_I64, &(o).dense_every,                                                  \
+         "also the dense mass of every Nth token (default 0: none)"},                                        \
+        {"dense-min", "MASS", LSA_OPT_F64, &(o).dense_min,                                                   \
+         "dense entries below this are summed into 'rest' (default 1e-4)"},                                  \
+        {"shard-bytes", "SIZE", LSA_OPT_SIZE, &(o).shard_bytes,                                              \
+         "a shard closes at the first document end past this size (default 256M)"},                          \
+        {"host-budget", "SIZE", LSA_OPT_SIZE, &(o).host_budget,                                              \
+         "refuse what may need more host memory (default: this machine's)"},                                 \
+        {"streams", "TYPE", LSA_OPT_STR, &(o).streams,                                                       \
+         "with --stream: f32, or bf16 to halve what travels between two layers, rounded "                    \
+         "after each (default f32)"},                                                                        \
+        {"sim-fp8", NULL, LSA_OPT_FLAG, &(o).sim_fp8, "simulate the fp8 KV cache"}, {                        \
+        "sim-fp4", NULL, LSA_OPT_FLAG, &(o).sim_fp4, "simulate the fp4 indexer"                              \
     }
 
 static const char *const DEVICE_HELP = "where the teacher runs: cpu, cuda or cuda:N (default cpu)";
