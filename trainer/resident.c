@@ -140,13 +140,13 @@ static lsa_status begin(lsa_resident *x, lsa_err *err) {
 
 static lsa_status finish(lsa_resident *x, lsa_err *err) {
     job *const j = &x->job;
+    if (j->n == 0) return LSA_OK; /* so it is where creating failed */
     for (int i = 0; j->running && i < j->n_started; i++) pthread_join(j->thread[i], NULL);
-    const bool failed =
-        j->running ? j->st != LSA_OK : j->n > 0; /* what was added and never begun is not there */
     const lsa_status st = j->running ? j->st : LSA_OK;
+    const bool there = j->running && st == LSA_OK; /* what was added and never begun is not */
     for (int64_t i = 0; i < x->n_shard * BANKS; i++) {
         bank *const k = &x->pool[i / BANKS].bank[i % BANKS];
-        if (k->filling && failed) k->epoch = k->group = -1;
+        if (k->filling && !there) k->epoch = k->group = -1;
         k->filling = false;
     }
     j->running = false;
